@@ -1,0 +1,150 @@
+//! Client and server of the service `Admin`, in domain types.
+
+use super::admin::{
+    FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply, UnprotectRequest,
+};
+use super::epoch_service::checked;
+use super::generated::admin as wire;
+use super::{Failure, FallibleStream};
+use crate::limits;
+use std::pin::Pin;
+use std::sync::Arc;
+use tokio_stream::{Stream, StreamExt};
+use tonic::service::Routes;
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status};
+
+/// An agent's side of the service. A method an agent has nothing to do with answers [`Failure::wrong_agent`].
+#[tonic::async_trait]
+pub trait AdminService: Send + Sync + 'static {
+    /// Protects a guest.
+    async fn protect(&self, request: ProtectRequest) -> Result<FallibleStream<Progress>, Failure>;
+    /// Ends a protection.
+    async fn unprotect(&self, request: UnprotectRequest) -> Result<UnprotectReply, Failure>;
+    /// What the agent knows now.
+    async fn status(&self, request: StatusRequest) -> Result<StatusReply, Failure>;
+    /// What the agent knows, again at every change.
+    async fn watch(&self, request: StatusRequest) -> Result<FallibleStream<StatusReply>, Failure>;
+    /// Starts a guest from its last committed epoch.
+    async fn failover(&self, request: FailoverRequest) -> Result<FallibleStream<Progress>, Failure>;
+}
+
+/// The service, ready to be added to a [`super::transport::server`].
+pub fn admin_routes(service: Arc<impl AdminService>) -> Routes {
+    Routes::new(
+        wire::admin_server::AdminServer::new(Adapter(service))
+            .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(limits::MAX_MESSAGE_BYTES),
+    )
+}
+
+struct Adapter<S>(Arc<S>);
+
+type WireStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn domain<W, D: TryFrom<W, Error = crate::ProtocolError>>(request: Request<W>) -> Result<D, Failure> {
+    D::try_from(request.into_inner()).map_err(Failure::from)
+}
+
+fn wired<D: 'static, W: From<D> + 'static>(stream: FallibleStream<D>) -> Response<WireStream<W>> {
+    Response::new(Box::pin(stream.map(|item| item.map(W::from).map_err(Status::from))))
+}
+
+#[tonic::async_trait]
+impl<S: AdminService> wire::admin_server::Admin for Adapter<S> {
+    type ProtectStream = WireStream<wire::Progress>;
+    type WatchStream = WireStream<wire::StatusReply>;
+    type FailoverStream = WireStream<wire::Progress>;
+
+    async fn protect(
+        &self,
+        request: Request<wire::ProtectRequest>,
+    ) -> Result<Response<Self::ProtectStream>, Status> {
+        Ok(wired(self.0.protect(domain(request)?).await?))
+    }
+
+    async fn unprotect(
+        &self,
+        request: Request<wire::UnprotectRequest>,
+    ) -> Result<Response<wire::UnprotectReply>, Status> {
+        Ok(Response::new(self.0.unprotect(domain(request)?).await?.into()))
+    }
+
+    async fn status(
+        &self,
+        request: Request<wire::StatusRequest>,
+    ) -> Result<Response<wire::StatusReply>, Status> {
+        Ok(Response::new(self.0.status(domain(request)?).await?.into()))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<wire::StatusRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Ok(wired(self.0.watch(domain(request)?).await?))
+    }
+
+    async fn failover(
+        &self,
+        request: Request<wire::FailoverRequest>,
+    ) -> Result<Response<Self::FailoverStream>, Status> {
+        Ok(wired(self.0.failover(domain(request)?).await?))
+    }
+}
+
+/// The operator's side of the service.
+#[derive(Debug, Clone)]
+pub struct AdminClient(wire::admin_client::AdminClient<Channel>);
+
+impl AdminClient {
+    /// Over a connection made by [`super::transport`].
+    pub fn new(channel: Channel) -> Self {
+        Self(
+            wire::admin_client::AdminClient::new(channel)
+                .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(limits::MAX_MESSAGE_BYTES),
+        )
+    }
+
+    /// Protects a guest. The stream ends with `done`, or with an error.
+    ///
+    /// # Errors
+    /// What the agent answers.
+    pub async fn protect(&mut self, request: ProtectRequest) -> Result<FallibleStream<Progress>, Failure> {
+        Ok(checked(self.0.protect(wire::ProtectRequest::from(request)).await?.into_inner()))
+    }
+
+    /// Ends a protection.
+    ///
+    /// # Errors
+    /// What the agent answers.
+    pub async fn unprotect(&mut self, request: UnprotectRequest) -> Result<UnprotectReply, Failure> {
+        let reply = self.0.unprotect(wire::UnprotectRequest::from(request)).await?;
+        Ok(reply.into_inner().try_into()?)
+    }
+
+    /// What the agent knows now.
+    ///
+    /// # Errors
+    /// What the agent answers.
+    pub async fn status(&mut self, request: StatusRequest) -> Result<StatusReply, Failure> {
+        let reply = self.0.status(wire::StatusRequest::from(request)).await?;
+        Ok(reply.into_inner().try_into()?)
+    }
+
+    /// What the agent knows, again at every change.
+    ///
+    /// # Errors
+    /// What the agent answers.
+    pub async fn watch(&mut self, request: StatusRequest) -> Result<FallibleStream<StatusReply>, Failure> {
+        Ok(checked(self.0.watch(wire::StatusRequest::from(request)).await?.into_inner()))
+    }
+
+    /// Starts a guest from its last committed epoch. The stream ends with `done` and a report, or with an error.
+    ///
+    /// # Errors
+    /// What the agent answers.
+    pub async fn failover(&mut self, request: FailoverRequest) -> Result<FallibleStream<Progress>, Failure> {
+        Ok(checked(self.0.failover(wire::FailoverRequest::from(request)).await?.into_inner()))
+    }
+}
