@@ -1,0 +1,87 @@
+//! Connection, domains and lifecycle events against libvirt's own test driver, which needs no daemon and no QEMU.
+#![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
+
+use std::time::Duration;
+
+use understudy_libvirt::{
+    Connection, DomainEvent, DomainState, EventStream, LibvirtError, Lifecycle, Monitor, MonitorError,
+    XmlFlags, qmp,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn lifecycle(kind: Lifecycle, detail: &str) -> DomainEvent {
+    DomainEvent::Lifecycle { kind, detail: detail.to_owned() }
+}
+
+fn next(events: &EventStream) -> DomainEvent {
+    events.recv_timeout(PATIENCE).unwrap()
+}
+
+#[test]
+fn domains_are_found_by_id_uuid_and_name() {
+    let connection = Connection::open("test:///default").unwrap();
+    assert!(connection.is_alive() && !connection.hostname().unwrap().is_empty());
+    let domain = connection.find_domain("test").unwrap();
+    assert_eq!(domain.name(), "test");
+    assert!(domain.is_active().unwrap() && domain.is_persistent().unwrap());
+    assert_eq!(connection.find_domain(&domain.uuid().to_string()).unwrap().name(), "test");
+    assert_eq!(connection.find_domain("1").unwrap().uuid(), domain.uuid());
+    assert!(connection.domains().unwrap().iter().any(|other| other.uuid() == domain.uuid()));
+    assert!(domain.xml(XmlFlags::default()).unwrap().contains("<name>test</name>"));
+
+    let missing = connection.find_domain("no-such").unwrap_err();
+    assert!(matches!(missing, LibvirtError::NoDomain { .. }), "{missing}");
+    assert!(missing.to_string().contains("\"no-such\""), "{missing}");
+    assert!(matches!(connection.find_domain("a\0b"), Err(LibvirtError::Invalid { .. })));
+}
+
+#[test]
+fn a_uri_that_nobody_answers_is_unreachable() {
+    let error = Connection::open("qemu+unix:///system?socket=/nonexistent/libvirt-sock").unwrap_err();
+    assert!(matches!(error, LibvirtError::Unreachable { .. }), "{error:?}");
+    assert!(error.to_string().contains("/nonexistent/libvirt-sock"), "{error}");
+}
+
+#[test]
+fn events_go_to_the_stream_of_their_domain() {
+    let connection = Connection::open("test:///default").unwrap();
+    let running = connection.find_domain("test").unwrap();
+    let xml = "<domain type='test'><name>other</name><memory unit='MiB'>8</memory><os><type>hvm</type></os></domain>";
+    let other = connection.define(xml).unwrap();
+    assert_eq!(other.state().unwrap(), DomainState::ShutOff);
+    let events = connection.subscribe(&running).unwrap();
+    let events_of_other = connection.subscribe(&other).unwrap();
+    assert!(!events.has_qmp_events());
+
+    running.suspend().unwrap();
+    assert_eq!(running.state().unwrap(), DomainState::Paused);
+    running.resume().unwrap();
+    assert_eq!(running.state().unwrap(), DomainState::Running);
+    other.undefine().unwrap();
+    assert_eq!(next(&events), lifecycle(Lifecycle::Suspended, "paused"));
+    assert_eq!(next(&events), lifecycle(Lifecycle::Resumed, "unpaused"));
+    assert_eq!(next(&events_of_other), lifecycle(Lifecycle::Undefined, "removed"));
+    assert!(events.try_recv().is_err() && events_of_other.try_recv().is_err());
+    assert!(matches!(other.xml(XmlFlags::default()), Err(LibvirtError::NoDomain { .. })));
+
+    // A stream may outlive every other handle on its connection.
+    drop((connection, other, events_of_other));
+    running.suspend().unwrap();
+    running.resume().unwrap();
+    drop(running);
+    assert_eq!(next(&events), lifecycle(Lifecycle::Suspended, "paused"));
+    assert_eq!(next(&events), lifecycle(Lifecycle::Resumed, "unpaused"));
+}
+
+#[test]
+fn a_driver_without_a_monitor_says_so() {
+    let connection = Connection::open("test:///default").unwrap();
+    let domain = connection.find_domain("test").unwrap();
+    let error = qmp::query_status(&domain).unwrap_err();
+    assert!(matches!(&error, MonitorError::Failed { command, .. } if command == "query-status"), "{error}");
+    let (fd, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let error =
+        domain.execute_with_fd("getfd", serde_json::json!({}), std::os::fd::AsFd::as_fd(&fd)).unwrap_err();
+    assert!(matches!(error, MonitorError::FdUnsupported { .. }), "{error}");
+}
