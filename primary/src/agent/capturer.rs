@@ -1,0 +1,189 @@
+//! The thread a guest's capture runs on: one call at a time, each answered by one report.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+use understudy_proto::ids::EpochId;
+
+use super::host::GuestHost;
+use crate::capture::{CaptureError, CheckpointSource, Interrupter};
+use crate::engine::{CaptureFailure, Event};
+use crate::replicate::EpochSink;
+
+/// Calls that wait. The engine makes the next one when the last was answered.
+const CALLS: usize = 4;
+
+/// What must be done while the guest is stopped at the end of an epoch.
+pub type Barrier = Box<dyn FnMut(EpochId) -> Result<(), String> + Send>;
+
+/// A call of the capture.
+#[derive(Debug)]
+pub(super) enum Call {
+    Arm { epoch: EpochId, sink: EpochSink },
+    Start,
+    WaitReady,
+    Checkpoint { epoch: EpochId, sink: EpochSink },
+    Disarm,
+    Rescue,
+}
+
+/// What a call came to.
+#[derive(Debug)]
+pub(super) struct Report {
+    pub(super) event: Event,
+    /// Of a checkpoint.
+    pub(super) pages: Option<u64>,
+    /// Of a full copy: bytes of the guest's memory.
+    pub(super) memory_bytes: Option<u64>,
+}
+
+impl From<Event> for Report {
+    fn from(event: Event) -> Self {
+        Self { event, pages: None, memory_bytes: None }
+    }
+}
+
+/// The thread's handle. The thread ends when it is dropped; the source, dropped with it, lets the guest run.
+#[derive(Debug)]
+pub(super) struct Capturer {
+    calls: SyncSender<Call>,
+    interrupter: Interrupter,
+}
+
+impl Capturer {
+    pub(super) fn spawn(
+        name: &str,
+        source: Box<dyn CheckpointSource>,
+        host: Arc<dyn GuestHost>,
+        barrier: Barrier,
+    ) -> std::io::Result<(Self, mpsc::Receiver<Report>)> {
+        let (calls, inbox) = sync_channel(CALLS);
+        let (reports, outbox) = mpsc::channel(CALLS);
+        let interrupter = source.interrupter();
+        let worker = Worker { source, host, barrier, reports };
+        // 15 bytes is all a thread's name may have.
+        let name: String = format!("cap-{name}").chars().take(15).collect();
+        std::thread::Builder::new().name(name).spawn(move || worker.run(&inbox))?;
+        Ok((Self { calls, interrupter }, outbox))
+    }
+
+    pub(super) fn call(&self, call: Call) {
+        if self.calls.try_send(call).is_err() {
+            // The engine makes one call at a time, so the thread is gone, and the closed report channel tells.
+            warn!("the capture thread takes no calls");
+        }
+    }
+
+    pub(super) fn interrupt(&self) {
+        self.interrupter.interrupt();
+    }
+}
+
+struct Worker {
+    source: Box<dyn CheckpointSource>,
+    host: Arc<dyn GuestHost>,
+    barrier: Barrier,
+    reports: mpsc::Sender<Report>,
+}
+
+impl Worker {
+    fn run(mut self, calls: &Receiver<Call>) {
+        while let Ok(call) = calls.recv() {
+            if self.answer(call).is_err() {
+                break;
+            }
+        }
+    }
+
+    /// An error is an owner that does not listen any more.
+    fn answer(&mut self, call: Call) -> Result<(), ()> {
+        let report = match call {
+            Call::Arm { epoch, sink } => return self.arm(epoch, sink),
+            Call::Checkpoint { epoch, sink } => return self.checkpoint(epoch, sink),
+            Call::Start => match self.source.start().and_then(|()| self.source.wait_ready()) {
+                Ok(()) => Event::Ready,
+                Err(error) => failed(&error),
+            },
+            Call::WaitReady => match self.source.wait_ready() {
+                Ok(()) => Event::Ready,
+                Err(error) => failed(&error),
+            },
+            Call::Disarm => Event::Disarmed(self.source.disarm().map_err(|error| failure(&error))),
+            Call::Rescue => Event::Rescued(self.host.rescue()),
+        };
+        self.report(report.into())
+    }
+
+    fn report(&self, report: Report) -> Result<(), ()> {
+        self.reports.blocking_send(report).map_err(drop)
+    }
+
+    fn arm(&mut self, epoch: EpochId, mut sink: EpochSink) -> Result<(), ()> {
+        match self.host.describe() {
+            Ok(xml) => sink.describe(xml),
+            Err(reason) => return self.report(Event::CaptureFailed(plain(reason)).into()),
+        }
+        match self.source.arm(&mut sink) {
+            Ok(armed) => {
+                info!(
+                    %epoch, dialect = armed.dialect.map(tracing::field::display), pages = armed.pages,
+                    precopy_ms = armed.timings.precopy.as_millis(), bytes = armed.timings.bytes,
+                    "full copy captured"
+                );
+                if let Err(reason) = (self.barrier)(epoch) {
+                    let reason = match self.source.disarm() {
+                        Ok(()) => CaptureError::Barrier { reason },
+                        Err(error) => error,
+                    };
+                    return self.report(failed(&reason).into());
+                }
+                let memory_bytes = Some(armed.layout.total_bytes());
+                // Before its last bytes are on their way: the acknowledgement must not overtake this.
+                self.report(Report { event: Event::Armed, pages: None, memory_bytes })?;
+                // A stream that was lost meanwhile is the engine's to notice.
+                let _ = sink.finish(armed.device);
+                Ok(())
+            }
+            Err(error) => self.report(failed(&error).into()),
+        }
+    }
+
+    fn checkpoint(&mut self, epoch: EpochId, mut sink: EpochSink) -> Result<(), ()> {
+        let barrier = &mut self.barrier;
+        match self.source.checkpoint(&mut || barrier(epoch), &mut sink) {
+            Ok(checkpoint) => {
+                tracing::trace!(
+                    %epoch, pages = checkpoint.pages, stop_us = checkpoint.timings.stop.as_micros(),
+                    transfer_us = checkpoint.timings.transfer.as_micros(), "captured"
+                );
+                self.report(Report {
+                    event: Event::Captured,
+                    pages: Some(checkpoint.pages),
+                    memory_bytes: None,
+                })?;
+                let _ = sink.finish(checkpoint.device);
+                Ok(())
+            }
+            Err(error) => self.report(failed(&error).into()),
+        }
+    }
+}
+
+fn failed(error: &CaptureError) -> Event {
+    Event::CaptureFailed(failure(error))
+}
+
+/// What of an error matters to the engine.
+pub(super) fn failure(error: &CaptureError) -> CaptureFailure {
+    CaptureFailure {
+        reason: error.to_string(),
+        left_stopped: matches!(error, CaptureError::GuestLeftStopped { .. }),
+        gone: error.is_gone(),
+    }
+}
+
+fn plain(reason: String) -> CaptureFailure {
+    CaptureFailure { reason, left_stopped: false, gone: false }
+}

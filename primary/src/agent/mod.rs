@@ -1,0 +1,293 @@
+//! The agent: the guests it protects, each with an owner of its own, and what outlives them.
+
+mod capturer;
+mod guest;
+mod host;
+mod restart;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tracing::{error, info, warn};
+use understudy_libvirt::{Connection, LibvirtError};
+use understudy_proto::ids::GuestId;
+use understudy_proto::rpc::admin::GuestStatus;
+use understudy_proto::rpc::{Failure, FailureKind};
+
+pub use capturer::Barrier;
+pub use guest::{Handle, Plan, Snapshot, Wish, start};
+pub use host::{GuestHost, LibvirtGuest};
+
+use crate::config::Config;
+use crate::engine::{Outcome, OutcomeKind};
+use crate::state_file::{ProtectedGuest, StateFile, StateFileError};
+
+/// How long the agent waits for its guests to be let go when it ends. QEMU needs milliseconds.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long `unprotect` waits for the end.
+const UNPROTECT_LIMIT: Duration = Duration::from_secs(30);
+
+/// All guests of this host that are, or were, protected.
+#[derive(Debug)]
+pub struct Agent {
+    /// As started.
+    pub config: Config,
+    state_file: StateFile,
+    connection: Mutex<Option<Connection>>,
+    guests: Mutex<BTreeMap<GuestId, Entry>>,
+    /// One `protect` at a time, so that two of the same guest cannot pass each other.
+    protecting: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    wanted: ProtectedGuest,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// To be protected as after a restart; not yet possible.
+    Waiting { detail: String },
+    /// Has an owner, or had one: its last snapshot is kept.
+    Owned(Handle),
+}
+
+impl Entry {
+    fn is_over(&self) -> bool {
+        match &self.state {
+            // What the agent's own end interrupts is to go on.
+            State::Owned(handle) => {
+                let snapshot = handle.snapshot.borrow();
+                snapshot.outcome.as_ref().is_some_and(|outcome| outcome.kind != OutcomeKind::AgentStopped)
+            }
+            State::Waiting { .. } => false,
+        }
+    }
+
+    fn status(&self) -> GuestStatus {
+        match &self.state {
+            State::Owned(handle) => handle.snapshot.borrow().status(),
+            State::Waiting { detail } => {
+                let mut status = guest::waiting_status(
+                    self.wanted.guest,
+                    &self.wanted.name,
+                    &self.wanted.to,
+                    detail.clone(),
+                );
+                status.generation = self.wanted.generation;
+                status
+            }
+        }
+    }
+}
+
+impl Agent {
+    /// An agent without guests.
+    pub fn new(config: Config) -> Arc<Self> {
+        Arc::new(Self {
+            state_file: StateFile::new(&config.state_dir),
+            config,
+            connection: Mutex::new(None),
+            guests: Mutex::new(BTreeMap::new()),
+            protecting: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    /// A connection to libvirt, opened anew if the last one has broken. Blocks.
+    ///
+    /// # Errors
+    /// If libvirt does not answer.
+    pub fn libvirt(&self) -> Result<Connection, LibvirtError> {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connection) = connection.as_ref().filter(|connection| connection.is_alive()) {
+            return Ok(connection.clone());
+        }
+        Ok(connection.insert(Connection::open(&self.config.libvirt_uri)?).clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<GuestId, Entry>> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Excludes other `protect`s for as long as the guard lives.
+    pub async fn exclusive(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.protecting.lock().await
+    }
+
+    /// The backup that protects the guest, if one does.
+    pub fn protected_to(&self, guest: GuestId) -> Option<String> {
+        self.lock().get(&guest).filter(|entry| !entry.is_over()).map(|entry| entry.wanted.to.clone())
+    }
+
+    /// Starts a protection; from before it touches the guest until its end it is remembered over restarts.
+    ///
+    /// # Errors
+    /// If it cannot be remembered or started; then nothing was touched.
+    pub async fn protect(
+        self: &Arc<Self>,
+        wanted: ProtectedGuest,
+        plan: Plan,
+    ) -> Result<tokio::sync::watch::Receiver<Snapshot>, Failure> {
+        let guest = wanted.guest;
+        self.remember(Some(&wanted), guest).await?;
+        let handle = match start(plan).await {
+            Ok(handle) => handle,
+            Err(reason) => {
+                // A guest that waits since a restart goes on waiting.
+                let waiting = self.lock().get(&guest).filter(|e| !e.is_over()).map(|e| e.wanted.clone());
+                self.remember(waiting.as_ref(), guest).await?;
+                return Err(Failure::new(FailureKind::Internal, "not-started", reason));
+            }
+        };
+        let snapshot = handle.snapshot.clone();
+        self.lock().insert(guest, Entry { wanted, state: State::Owned(handle) });
+        let (agent, mut end) = (Arc::clone(self), snapshot.clone());
+        tokio::spawn(async move {
+            let Ok(outcome) = end.wait_for(|s| s.outcome.is_some()).await.map(|s| s.outcome.clone()) else {
+                error!(%guest, "the owner of the guest has failed");
+                return;
+            };
+            if outcome.is_some_and(|outcome| outcome.kind != OutcomeKind::AgentStopped)
+                && let Err(failure) = agent.remember(None, guest).await
+            {
+                error!(%guest, reason = failure.reason, "cannot forget the guest");
+            }
+        });
+        Ok(snapshot)
+    }
+
+    /// Writes the state file with `wanted` in the place of what is known of `guest`.
+    async fn remember(&self, wanted: Option<&ProtectedGuest>, guest: GuestId) -> Result<(), Failure> {
+        let mut list: Vec<ProtectedGuest> = self
+            .lock()
+            .values()
+            .filter(|entry| entry.wanted.guest != guest && !entry.is_over())
+            .map(|entry| entry.wanted.clone())
+            .collect();
+        list.extend(wanted.cloned());
+        let file = self.state_file.clone();
+        let written = tokio::task::spawn_blocking(move || file.write(&list)).await;
+        let reason = match written {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        Err(Failure::new(FailureKind::Internal, "state-file", reason)
+            .with_remedy("see that --state-dir is a folder the agent may write to, with room in it"))
+    }
+
+    /// The guest of that name, UUID or, by asking libvirt, id.
+    ///
+    /// # Errors
+    /// `not-protected` if this agent knows nothing of it.
+    pub async fn find(self: &Arc<Self>, key: &str) -> Result<GuestId, Failure> {
+        let known = |key: &str| {
+            let guests = self.lock();
+            guests
+                .values()
+                .find(|e| e.wanted.name == key || e.wanted.guest.to_string() == key)
+                .map(|e| e.wanted.guest)
+        };
+        if let Some(guest) = known(key) {
+            return Ok(guest);
+        }
+        if key.parse::<u32>().is_ok() || key.parse::<uuid::Uuid>().is_ok() {
+            let (agent, id) = (Arc::clone(self), key.to_owned());
+            let domain = tokio::task::spawn_blocking(move || agent.libvirt()?.find_domain(&id)).await;
+            if let Ok(Ok(domain)) = domain
+                && let Some(guest) = known(&domain.uuid().to_string())
+            {
+                return Ok(guest);
+            }
+        }
+        Err(Failure::new(
+            FailureKind::NotFound,
+            "not-protected",
+            format!("domain {key:?} is not protected by this host"),
+        )
+        .with_remedy("`understudy status` shows the guests that are, `understudy protect` protects one"))
+    }
+
+    /// What is known of every guest, or of one.
+    pub fn statuses(&self, guest: Option<GuestId>) -> Vec<GuestStatus> {
+        let guests = self.lock();
+        guests.values().filter(|e| guest.is_none_or(|g| g == e.wanted.guest)).map(Entry::status).collect()
+    }
+
+    /// Ends a protection and waits for its end; forgets one that is over.
+    ///
+    /// # Errors
+    /// If it does not end in time.
+    pub async fn unprotect(&self, guest: GuestId) -> Result<String, Failure> {
+        let owner = match self.lock().get(&guest) {
+            Some(entry) if !entry.is_over() => match &entry.state {
+                State::Owned(handle) => Some((handle.wishes.clone(), handle.snapshot.clone())),
+                State::Waiting { .. } => None,
+            },
+            _ => None,
+        };
+        let Some((wishes, mut snapshot)) = owner else {
+            self.lock().remove(&guest);
+            self.remember(None, guest).await?;
+            return Ok("it was not protected any more; what was known of it is forgotten".to_owned());
+        };
+        // A closed channel is a protection that has just ended.
+        let _ = wishes.send(Wish::Unprotect).await;
+        let end = tokio::time::timeout(UNPROTECT_LIMIT, snapshot.wait_for(|s| s.outcome.is_some())).await;
+        match end {
+            Ok(Ok(last)) => {
+                let outcome = last.outcome.clone();
+                drop(last);
+                self.lock().remove(&guest);
+                Ok(outcome.map(|Outcome { text, .. }| text).unwrap_or_default())
+            }
+            Ok(Err(_)) => {
+                Err(Failure::new(FailureKind::Internal, "owner-failed", "the owner of the guest has failed")
+                    .with_remedy("restart understudy-primary"))
+            }
+            Err(_) => {
+                let reason = format!("the protection did not end within {} s", UNPROTECT_LIMIT.as_secs());
+                Err(Failure::new(FailureKind::Internal, "not-ended", reason).with_remedy(
+                    "look at the agent's log; restarting understudy-primary lets the guest go as well",
+                ))
+            }
+        }
+    }
+
+    /// Lets all guests go; they run on, and a successor protects them again.
+    pub async fn shutdown(&self) {
+        let owners: Vec<_> = self
+            .lock()
+            .values()
+            .filter_map(|entry| match &entry.state {
+                State::Owned(handle) => Some((handle.wishes.clone(), handle.snapshot.clone())),
+                State::Waiting { .. } => None,
+            })
+            .collect();
+        for (wishes, _) in &owners {
+            let _ = wishes.send(Wish::Shutdown).await;
+        }
+        let ends = async {
+            for (_, mut snapshot) in owners {
+                if snapshot.wait_for(|snapshot| snapshot.outcome.is_some()).await.is_err() {
+                    error!("the owner of a guest has failed");
+                }
+            }
+        };
+        match tokio::time::timeout(SHUTDOWN_LIMIT, ends).await {
+            Ok(()) => info!("all guests are let go"),
+            Err(_) => warn!("not all guests could be let go in time; the next start does it"),
+        }
+    }
+
+    /// What the state file says.
+    ///
+    /// # Errors
+    /// If it cannot be used.
+    pub fn remembered(&self) -> Result<Vec<ProtectedGuest>, StateFileError> {
+        self.state_file.read()
+    }
+}

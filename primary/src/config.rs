@@ -1,0 +1,111 @@
+//! What the agent is told at its start.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+
+/// Shortest epoch: below it the guest would hardly run.
+pub const MIN_EPOCH: Duration = Duration::from_millis(5);
+
+/// Longest epoch.
+pub const MAX_EPOCH: Duration = Duration::from_secs(60);
+
+/// The agent beside protected guests: captures them epoch by epoch and sends the epochs to their backups.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "understudy-primary", version)]
+pub struct Config {
+    /// The libvirt whose guests are protected.
+    #[arg(long, value_name = "URI", default_value = "qemu:///system")]
+    pub libvirt_uri: String,
+
+    /// Folder of what must survive a restart.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/understudy")]
+    pub state_dir: PathBuf,
+
+    /// Folder of the agent's socket, primary.sock.
+    #[arg(long, value_name = "DIR", default_value = "/run/understudy")]
+    pub run_dir: PathBuf,
+
+    /// Time a guest runs between two checkpoints, in milliseconds, unless `protect` says otherwise.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub epoch_ms: u32,
+
+    /// Name of this host in messages; libvirt's name for it by default.
+    #[arg(long, value_name = "NAME")]
+    pub host_name: Option<String>,
+
+    /// Log filter as for tracing, for example `info,understudy_primary=debug`.
+    #[arg(long, value_name = "FILTER", env = "UNDERSTUDY_LOG", default_value = "info")]
+    pub log: String,
+
+    /// Log lines as JSON.
+    #[arg(long)]
+    pub log_json: bool,
+
+    /// Test hook: hold the guest stopped at these epochs and dump its memory.
+    #[cfg(feature = "test-hooks")]
+    #[arg(long, value_name = "N,M,..", value_delimiter = ',', requires = "dump_dir")]
+    pub dump_epochs: Vec<u64>,
+
+    /// Test hook: where to.
+    #[cfg(feature = "test-hooks")]
+    #[arg(long, value_name = "DIR")]
+    pub dump_dir: Option<PathBuf>,
+}
+
+impl Config {
+    /// Everything that is wrong with it, one sentence each.
+    pub fn mistakes(&self) -> Vec<String> {
+        let mut mistakes = Vec::new();
+        if let Err(mistake) = epoch(self.epoch_ms) {
+            mistakes.push(format!("--epoch-ms: {mistake}"));
+        }
+        for (flag, folder) in [("--state-dir", &self.state_dir), ("--run-dir", &self.run_dir)] {
+            if !folder.is_absolute() {
+                mistakes.push(format!("{flag} is {:?}: give an absolute path", folder.display()));
+            }
+        }
+        if let Err(error) = self.log.parse::<tracing_subscriber::EnvFilter>() {
+            mistakes.push(format!("--log is {:?}: {error}", self.log));
+        }
+        mistakes
+    }
+}
+
+/// A length of epoch, checked.
+///
+/// # Errors
+/// Which lengths there are.
+pub fn epoch(epoch_ms: u32) -> Result<Duration, String> {
+    let epoch = Duration::from_millis(epoch_ms.into());
+    if (MIN_EPOCH..=MAX_EPOCH).contains(&epoch) {
+        Ok(epoch)
+    } else {
+        let (min, max) = (MIN_EPOCH.as_millis(), MAX_EPOCH.as_millis());
+        Err(format!("{epoch_ms} ms is no length of an epoch: give {min} to {max}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_mistakes_are_reported_at_once() {
+        let args = [
+            "understudy-primary",
+            "--epoch-ms",
+            "1",
+            "--run-dir",
+            "run",
+            "--state-dir",
+            "s",
+            "--log",
+            "a=b=c",
+        ];
+        let config = Config::try_parse_from(args).unwrap();
+        assert_eq!(config.mistakes().len(), 4, "{:?}", config.mistakes());
+        assert_eq!(Config::try_parse_from(["understudy-primary"]).unwrap().mistakes(), Vec::<String>::new());
+    }
+}

@@ -1,0 +1,15 @@
+//! The agent beside the protected guest: capture, pace, replicate.
+
+pub mod admin;
+pub mod agent;
+pub mod capture;
+pub mod config;
+#[cfg(feature = "test-hooks")]
+pub mod dump;
+pub mod engine;
+pub mod protect;
+pub mod replicate;
+pub mod state_file;
+pub mod stats;
+#[cfg(target_arch = "x86_64")]
+mod sys;

@@ -1,0 +1,95 @@
+//! The agent beside the protected guest: capture, pace, replicate.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+use understudy_primary::admin::Admin;
+use understudy_primary::agent::Agent;
+use understudy_primary::config::Config;
+use understudy_proto::rpc::{admin_routes, transport};
+
+/// As in sysexits.h: the command was used incorrectly.
+const EXIT_USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    let config = match Config::try_parse() {
+        Ok(config) => config,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    let mistakes = config.mistakes();
+    if !mistakes.is_empty() {
+        mistakes.iter().for_each(|mistake| eprintln!("understudy-primary: {mistake}"));
+        return ExitCode::from(EXIT_USAGE);
+    }
+    let filter = EnvFilter::new(&config.log);
+    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if config.log_json {
+        logger.json().init();
+    } else {
+        logger.with_ansi(false).init();
+    }
+    match serve(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("understudy-primary: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn serve(config: Config) -> Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let agent = Agent::new(config);
+    let remembered = agent.remembered()?;
+    let socket = agent.config.run_dir.join(transport::PRIMARY_SOCKET);
+    let listener = listen(&socket).await?;
+    info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), guests = remembered.len(), "started");
+
+    let routes = admin_routes(Arc::new(Admin::new(Arc::clone(&agent))));
+    let serving =
+        transport::server().add_routes(routes).serve_with_incoming(UnixListenerStream::new(listener));
+    let working = async {
+        agent.restart(remembered).await;
+        std::future::pending::<()>().await
+    };
+    tokio::select! {
+        result = serving => result.context("the admin socket failed")?,
+        () = working => {}
+        _ = terminate.recv() => info!("SIGTERM: letting all guests go"),
+        _ = interrupt.recv() => info!("SIGINT: letting all guests go"),
+    }
+    agent.shutdown().await;
+    if let Err(error) = std::fs::remove_file(&socket) {
+        warn!(%error, "cannot remove the socket");
+    }
+    Ok(())
+}
+
+/// Binds the admin socket; a socket nobody answers on is left over from a predecessor.
+async fn listen(socket: &Path) -> Result<UnixListener> {
+    if let Some(folder) = socket.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    if tokio::net::UnixStream::connect(socket).await.is_ok() {
+        anyhow::bail!("another understudy-primary answers on {}; end that one first", socket.display());
+    }
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot replace {}", socket.display()));
+        }
+        _ => {}
+    }
+    UnixListener::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))
+}

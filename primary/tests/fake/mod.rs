@@ -1,0 +1,71 @@
+//! A guest without a hypervisor, and a backup without an agent.
+
+mod backup;
+mod guest;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+pub(crate) use backup::StubBackup;
+pub(crate) use guest::{DIRTY_PAGES, FakeGuest};
+use understudy_primary::agent::{self, Handle, Plan, Wish};
+use understudy_primary::engine::{Outcome, Settings};
+use understudy_proto::ids::{Generation, GuestId};
+use understudy_proto::negotiate::Offer;
+use understudy_proto::rpc::epoch::Hello;
+
+/// Only a bound for a test that hangs.
+const LIMIT: Duration = Duration::from_secs(30);
+
+pub(crate) const GENERATION: Generation = Generation(2);
+
+pub(crate) async fn start(guest: &FakeGuest, backup: &StubBackup) -> Handle {
+    let to = backup.address();
+    let hello = Hello {
+        offer: Offer::ours(),
+        guest: GuestId(uuid::Uuid::from_u128(1)),
+        guest_name: "web".to_owned(),
+        generation: GENERATION,
+        session: 0,
+        primary_host: "alpha".to_owned(),
+        qemu_version: "7.2.22".to_owned(),
+        machine: "pc-q35-7.2".to_owned(),
+        persistent: true,
+    };
+    let settings = Settings {
+        generation: GENERATION,
+        epoch: Duration::from_millis(5),
+        attended: false,
+        first_session: 1,
+        peer: to.clone(),
+    };
+    let plan = Plan {
+        hello,
+        to,
+        settings,
+        libvirt_version: "9.0.0".to_owned(),
+        host: Arc::new(guest.clone()),
+        source: Box::new(guest.source()),
+        barrier: guest.barrier(),
+    };
+    agent::start(plan).await.expect("starts")
+}
+
+pub(crate) async fn wish(handle: &Handle, wish: Wish) {
+    handle.wishes.send(wish).await.expect("the owner listens");
+}
+
+pub(crate) async fn end(handle: &Handle) -> Outcome {
+    let mut snapshot = handle.snapshot.clone();
+    let end = tokio::time::timeout(LIMIT, snapshot.wait_for(|snapshot| snapshot.outcome.is_some())).await;
+    end.expect("ends in time").expect("has an end").outcome.clone().expect("has an outcome")
+}
+
+pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(LIMIT, waiting).await.is_ok(), "{what}: not within {LIMIT:?}");
+}
