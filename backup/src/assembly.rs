@@ -1,0 +1,274 @@
+//! One epoch while it arrives, and what it is once it is verified.
+//!
+//! A delta is kept as the frames it came in; a full epoch is written straight into an image of its own. Either
+//! way nothing of it is visible before it is verified whole (invariant 2).
+
+use crate::image::{Image, MemoryProvider};
+use bytes::Bytes;
+use std::sync::Arc;
+use understudy_proto::ProtocolError;
+use understudy_proto::digest::{Digest, PagesDigest};
+use understudy_proto::epoch::{EpochKind, EpochManifest};
+use understudy_proto::frame::FrameReader;
+use understudy_proto::layout::MemoryLayout;
+use understudy_proto::rpc::epoch::{Begin, EpochRef, RejectCode, Seed};
+
+/// Numbers the attempts at receiving an epoch, so that an answer to an abandoned one is never taken for another's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Attempt(pub u64);
+
+/// Why an epoch is not accepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// For the primary.
+    pub code: RejectCode,
+    /// In words.
+    pub text: String,
+}
+
+impl Fault {
+    fn corrupt(text: String) -> Self {
+        Self { code: RejectCode::Corrupt, text }
+    }
+}
+
+impl From<ProtocolError> for Fault {
+    fn from(e: ProtocolError) -> Self {
+        Self::corrupt(e.to_string())
+    }
+}
+
+/// Proof that an epoch is held whole and matches its manifest; an acknowledgement is made of one (invariant 3).
+/// Neither `Clone` nor to be had otherwise.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Proof {
+    attempt: Attempt,
+    at: EpochRef,
+    kind: EpochKind,
+    pages: u64,
+    bytes: u64,
+}
+
+impl Proof {
+    /// Which attempt at it.
+    pub fn attempt(&self) -> Attempt {
+        self.attempt
+    }
+
+    /// The epoch that is held.
+    pub fn at(&self) -> EpochRef {
+        self.at
+    }
+
+    /// Full or delta.
+    pub fn kind(&self) -> EpochKind {
+        self.kind
+    }
+
+    /// Its page records.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Bytes of frames and device buffer.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    #[cfg(test)]
+    pub(crate) fn for_test(attempt: Attempt, at: EpochRef, kind: EpochKind) -> Self {
+        Self { attempt, at, kind, pages: 1, bytes: 1 }
+    }
+}
+
+enum Pages {
+    Full(Box<Image>),
+    Delta { seed: Arc<Seed>, frames: Vec<Bytes> },
+}
+
+/// An epoch that arrives.
+pub struct Assembly {
+    attempt: Attempt,
+    at: EpochRef,
+    pages: Pages,
+    digest: PagesDigest,
+    frame_count: u64,
+    page_count: u64,
+    frame_bytes: u64,
+    device: Vec<u8>,
+}
+
+impl std::fmt::Debug for Assembly {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Assembly").field("at", &self.at).field("pages", &self.page_count).finish()
+    }
+}
+
+/// A verified epoch; can only be applied.
+#[derive(Debug)]
+pub struct Verified(Assembly);
+
+impl Assembly {
+    /// Begins a full epoch in an image of its own.
+    ///
+    /// # Errors
+    /// If there is not enough memory.
+    pub fn full(
+        attempt: Attempt,
+        begin: Begin,
+        seed: Arc<Seed>,
+        provider: &dyn MemoryProvider,
+    ) -> Result<Self, Fault> {
+        let image = Image::new(seed, provider).map_err(|e| Fault {
+            code: RejectCode::TooLarge,
+            text: format!("no memory for the image: {e}"),
+        })?;
+        Ok(Self::new(attempt, begin, Pages::Full(Box::new(image))))
+    }
+
+    /// Begins a delta upon an image seeded with `seed`.
+    pub fn delta(attempt: Attempt, begin: Begin, seed: Arc<Seed>) -> Self {
+        Self::new(attempt, begin, Pages::Delta { seed, frames: Vec::new() })
+    }
+
+    fn new(attempt: Attempt, begin: Begin, pages: Pages) -> Self {
+        Self {
+            attempt,
+            at: EpochRef { generation: begin.generation, epoch: begin.epoch },
+            pages,
+            digest: PagesDigest::new(),
+            frame_count: 0,
+            page_count: 0,
+            frame_bytes: 0,
+            device: Vec::new(),
+        }
+    }
+
+    /// The epoch.
+    pub fn at(&self) -> EpochRef {
+        self.at
+    }
+
+    /// Which attempt at it.
+    pub fn attempt(&self) -> Attempt {
+        self.attempt
+    }
+
+    /// Takes a frame, decoding every record of it.
+    ///
+    /// # Errors
+    /// If a record is not valid.
+    pub fn frame(&mut self, frame: Bytes) -> Result<(), Fault> {
+        self.frame_count += 1;
+        self.frame_bytes += frame.len() as u64;
+        match &mut self.pages {
+            Pages::Full(image) => {
+                let seed = Arc::clone(image.seed());
+                for record in FrameReader::new(&frame, &seed.layout)? {
+                    let record = record?;
+                    self.digest.update(record.block, record.page, record.content);
+                    image.write(record.block, record.page, record.content)?;
+                    self.page_count += 1;
+                }
+            }
+            Pages::Delta { seed, frames } => {
+                for record in FrameReader::new(&frame, &seed.layout)? {
+                    let record = record?;
+                    self.digest.update(record.block, record.page, record.content);
+                    self.page_count += 1;
+                }
+                frames.push(frame);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the next piece of the device buffer; the caller has checked order and size.
+    pub fn device(&mut self, piece: &[u8]) {
+        self.device.extend_from_slice(piece);
+    }
+
+    /// Compares everything with the manifest.
+    ///
+    /// # Errors
+    /// Naming the first field that differs.
+    pub fn verify(self, manifest: &EpochManifest) -> Result<(Verified, Proof), Fault> {
+        let kind = match self.pages {
+            Pages::Full(_) => EpochKind::Full,
+            Pages::Delta { .. } => EpochKind::Delta,
+        };
+        let at = EpochRef { generation: manifest.generation, epoch: manifest.epoch };
+        if (at, manifest.kind) != (self.at, kind) {
+            return Err(Fault::corrupt(format!(
+                "the manifest is of {:?} epoch {} of generation {}, received was {kind:?} epoch {} of generation {}",
+                manifest.kind, at.epoch, at.generation, self.at.epoch, self.at.generation
+            )));
+        }
+        for (what, received, announced) in [
+            ("frames", self.frame_count, manifest.frames),
+            ("pages", self.page_count, manifest.pages),
+            ("bytes of frames", self.frame_bytes, manifest.frame_bytes),
+            ("bytes of device state", self.device.len() as u64, manifest.device_bytes),
+        ] {
+            if received != announced {
+                return Err(Fault::corrupt(format!(
+                    "{received} {what} received, the manifest says {announced}"
+                )));
+            }
+        }
+        for (what, received, announced) in [
+            ("pages", self.digest.finish(), manifest.pages_digest),
+            ("device state", Digest::of(&self.device), manifest.device_digest),
+        ] {
+            if received != announced {
+                return Err(Fault::corrupt(format!(
+                    "the digest of the {what} is {received:?}, the manifest says {announced:?}"
+                )));
+            }
+        }
+        let bytes = self.frame_bytes + self.device.len() as u64;
+        let proof = Proof { attempt: self.attempt, at: self.at, kind, pages: self.page_count, bytes };
+        Ok((Verified(self), proof))
+    }
+}
+
+impl Verified {
+    /// Whether it replaces the image.
+    pub fn is_full(&self) -> bool {
+        matches!(self.0.pages, Pages::Full(_))
+    }
+
+    /// Makes the epoch the image's: a full one replaces it, a delta is written into it.
+    ///
+    /// # Errors
+    /// If a delta meets no image, or one of another layout, or one in use. Then the image is gone or unchanged,
+    /// never half written: every record was decoded against the same layout before.
+    pub fn apply(self, image: &mut Option<Arc<Image>>) -> Result<(), String> {
+        let Assembly { at, pages, device, .. } = self.0;
+        match pages {
+            Pages::Full(mut full) => {
+                full.set_epoch(at, device.into());
+                *image = Some(Arc::from(full));
+            }
+            Pages::Delta { seed, frames } => {
+                let target = image.as_mut().and_then(Arc::get_mut).ok_or("the image is gone or in use")?;
+                if !Arc::ptr_eq(target.seed(), &seed) {
+                    return Err("the image has another layout than the epoch".into());
+                }
+                for frame in &frames {
+                    write_frame(target, &seed.layout, frame).map_err(|e| e.to_string())?;
+                }
+                target.set_epoch(at, device.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_frame(image: &mut Image, layout: &MemoryLayout, frame: &[u8]) -> Result<(), ProtocolError> {
+    for record in FrameReader::new(frame, layout)? {
+        let record = record?;
+        image.write(record.block, record.page, record.content)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! The command line of the agent. Whatever is wrong with it is said before anything is bound or written.
+
+use clap::Parser;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// The Understudy agent of a backup host: holds the images of guests that run elsewhere and starts them when told.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "understudy-backup", version)]
+pub struct Config {
+    /// Address and port on which primary agents are awaited.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "[::]:7420")]
+    pub listen: SocketAddr,
+
+    /// Allow plain TCP without TLS. Whoever reaches the port reads and replaces guests: use a network of its own.
+    #[arg(long)]
+    pub insecure: bool,
+
+    /// libvirt to create standby domains with.
+    #[arg(long, value_name = "URI", default_value = "qemu:///system")]
+    pub libvirt_uri: String,
+
+    /// Where control files are kept; must survive a reboot.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/understudy")]
+    pub state_dir: PathBuf,
+
+    /// Where the admin socket is made.
+    #[arg(long, value_name = "DIR", default_value = "/run/understudy")]
+    pub run_dir: PathBuf,
+
+    /// Memory per guest for an epoch that is not complete yet, MiB. An epoch that needs more costs a full copy.
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub staging_mib: u64,
+
+    /// Keep the memory of standbys in files shared with their QEMU, so that a promotion loads devices only. Needs
+    /// memory_backing_dir of libvirt's qemu.conf on a tmpfs. Experimental: not yet tried between two hosts.
+    #[arg(long)]
+    pub warm: bool,
+
+    /// Test hook: write the committed image of these epochs to files.
+    #[cfg(feature = "test-hooks")]
+    #[arg(long, value_name = "N,M,..", value_delimiter = ',', requires = "dump_dir")]
+    pub dump_epochs: Vec<u64>,
+
+    /// Test hook: the directory for them.
+    #[cfg(feature = "test-hooks")]
+    #[arg(long, value_name = "DIR")]
+    pub dump_dir: Option<PathBuf>,
+}
+
+impl Config {
+    /// Checks what the parser cannot; all mistakes at once.
+    ///
+    /// # Errors
+    /// Every mistake, one a line.
+    pub fn validate(&self) -> Result<(), String> {
+        let mut mistakes = Vec::new();
+        if !self.insecure {
+            mistakes.push(
+                "there is no TLS yet: give --insecure if the network between the hosts can be trusted"
+                    .to_owned(),
+            );
+        }
+        for (name, dir) in [("--state-dir", &self.state_dir), ("--run-dir", &self.run_dir)] {
+            if !dir.is_absolute() {
+                mistakes.push(format!("{name} {} is not an absolute path", dir.display()));
+            }
+        }
+        if mistakes.is_empty() { Ok(()) } else { Err(mistakes.join("\n")) }
+    }
+
+    /// The test hook as configured.
+    pub fn dump(&self) -> crate::dump::Dump {
+        #[cfg(feature = "test-hooks")]
+        if let Some(dir) = &self.dump_dir {
+            return crate::dump::Dump::new(self.dump_epochs.iter().copied(), dir.clone());
+        }
+        crate::dump::Dump::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(arguments: &[&str]) -> Result<Config, String> {
+        let arguments = [&["understudy-backup"], arguments].concat();
+        Config::try_parse_from(arguments).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn plain_tcp_must_be_asked_for() {
+        assert!(config(&[]).unwrap().validate().unwrap_err().contains("--insecure"));
+        assert_eq!(config(&["--insecure"]).unwrap().validate(), Ok(()));
+    }
+
+    #[test]
+    fn all_mistakes_are_named_at_once() {
+        let mistakes = config(&["--state-dir", "x", "--run-dir", "y"]).unwrap().validate().unwrap_err();
+        assert_eq!(mistakes.lines().count(), 3, "{mistakes}");
+    }
+
+    #[test]
+    fn values_are_checked() {
+        assert!(config(&["--listen", "nonsense"]).is_err());
+        assert!(config(&["--staging-mib", "0"]).is_err());
+    }
+}
