@@ -1,0 +1,127 @@
+//! The command line.
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Keeps virtual machines alive through the death of their host.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, disable_help_subcommand = true)]
+pub(crate) struct Args {
+    /// Where the agents of this host have their sockets.
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        default_value = "/run/understudy",
+        env = "UNDERSTUDY_RUN_DIR"
+    )]
+    pub run_dir: PathBuf,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Protect a running domain of this host: copy it to HOST and keep the copy current, epoch by epoch.
+    ///
+    /// Everything that stands against it is checked first; nothing is touched before the checks have passed.
+    Protect(ProtectArgs),
+    /// End the protection of a domain; the guest runs on. On a backup: drop what is left of a guest there.
+    Unprotect {
+        /// Name, id or UUID of the domain.
+        domain: String,
+    },
+    /// Start a guest on this host from its last committed epoch. Run it on the backup host.
+    Failover(FailoverArgs),
+    /// Show what the agents of this host know of their guests.
+    ///
+    /// With --json the answer is {"agents":{"primary":..,"backup":..},"guests":[..]}: for each agent "running" or
+    /// why it did not answer, and a guest for each agent that knows it. Names of fields carry their unit.
+    Status(StatusArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ProtectArgs {
+    /// Name, id or UUID of the domain.
+    pub domain: String,
+    /// The backup host, as HOST or HOST:PORT (7420 if no port is given).
+    #[arg(long, value_name = "HOST")]
+    pub to: String,
+    /// How long the guest runs between two checkpoints.
+    #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    pub epoch_ms: Option<u32>,
+    /// Replicate over plain TCP: whoever can read or change the network's traffic reads or changes the guest.
+    #[arg(long)]
+    pub insecure: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct FailoverArgs {
+    /// Name, id or UUID of the domain.
+    pub domain: String,
+    /// You have made sure that the old host cannot run the guest any more (it is powered off, or cut off for good).
+    #[arg(long)]
+    pub i_have_fenced: bool,
+    /// Print the report of the failover as JSON on standard output.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct StatusArgs {
+    /// Name, id or UUID of a domain; all of them if left out.
+    pub domain: Option<String>,
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Go on, showing every change (with --json, one object a line), until interrupted.
+    #[arg(long)]
+    pub watch: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn protect_takes_its_options() {
+        let args = Args::try_parse_from([
+            "understudy",
+            "protect",
+            "web",
+            "--to",
+            "beta:1",
+            "--epoch-ms",
+            "25",
+            "--insecure",
+        ])
+        .unwrap();
+        let Command::Protect(p) = args.command else { panic!("{args:?}") };
+        assert_eq!(
+            (p.domain.as_str(), p.to.as_str(), p.epoch_ms, p.insecure),
+            ("web", "beta:1", Some(25), true)
+        );
+        assert_eq!(args.run_dir, PathBuf::from("/run/understudy"));
+    }
+
+    #[test]
+    fn wrong_command_lines_are_refused() {
+        for line in [
+            &["understudy"][..],
+            &["understudy", "protect", "web"],
+            &["understudy", "protect", "--to", "beta"],
+            &["understudy", "protect", "web", "--to", "beta", "--epoch-ms", "0"],
+            &["understudy", "protect", "web", "--to", "beta", "--epoch-ms", "60001"],
+            &["understudy", "failover"],
+            &["understudy", "unprotect"],
+        ] {
+            assert!(Args::try_parse_from(line).is_err(), "{line:?}");
+        }
+    }
+}

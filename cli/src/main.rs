@@ -1,0 +1,43 @@
+//! `understudy`: protects a virtual machine, shows how it fares, fails it over. It asks the agents of this host
+//! through their unix sockets and does nothing by itself.
+
+mod args;
+mod commands;
+mod progress;
+mod status;
+
+use args::{Args, Command};
+use clap::Parser;
+use std::process::ExitCode;
+use understudy_proto::rpc::Failure;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("error: cannot start: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(&args)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {}", failure.reason);
+            if !failure.remedy.is_empty() {
+                eprintln!("  what to do: {}", failure.remedy.replace('\n', "\n              "));
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: &Args) -> Result<(), Failure> {
+    let sockets = &args.run_dir;
+    match &args.command {
+        Command::Protect(a) => commands::protect(sockets, a).await,
+        Command::Unprotect { domain } => commands::unprotect(sockets, domain).await,
+        Command::Failover(a) => commands::failover(sockets, a).await,
+        Command::Status(a) => status::status(sockets, a).await,
+    }
+}
