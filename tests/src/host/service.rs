@@ -1,0 +1,124 @@
+//! The agents of a host, kept running as a service manager would.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+
+use crate::lab::plan::{BACKUP_PORT, HostName};
+
+/// systemd's default for `RestartSec`.
+const RESTART: Duration = Duration::from_millis(100);
+const POLL: Duration = Duration::from_millis(300);
+
+/// Where programs come from and where they run from. `understudy` is only to be there.
+struct Program {
+    from: PathBuf,
+    to: PathBuf,
+}
+
+impl Program {
+    fn new(shared: &Path, name: &str) -> Self {
+        Self { from: shared.join("bin").join(name), to: Path::new("/usr/local/bin").join(name) }
+    }
+
+    /// When the one that was built last was put here.
+    fn stamp(&self) -> Option<SystemTime> {
+        fs::metadata(&self.from).and_then(|data| data.modified()).ok()
+    }
+
+    fn fetch(&self) -> Result<()> {
+        let fresh = self.to.with_extension("new");
+        fs::copy(&self.from, &fresh).with_context(|| format!("cannot copy {}", self.from.display()))?;
+        fs::rename(&fresh, &self.to).context("cannot put a program into place")
+    }
+}
+
+pub(super) fn keep_running(shared: &Path, host: HostName) {
+    let listen = format!("0.0.0.0:{BACKUP_PORT}");
+    let daemons: [(&str, Vec<String>); 2] = [
+        ("understudy-primary", vec![]),
+        ("understudy-backup", vec!["--listen".into(), listen, "--insecure".into()]),
+    ];
+    for (name, arguments) in daemons {
+        let program = Program::new(shared, name);
+        let log = shared.join("log").join(format!("{host}-{name}.log"));
+        std::thread::spawn(move || supervise(name, &program, &arguments, &log));
+    }
+    let command = Program::new(shared, "understudy");
+    std::thread::spawn(move || {
+        let mut have = None;
+        loop {
+            let stamp = command.stamp();
+            if stamp.is_some() && stamp != have && report("understudy", command.fetch()) {
+                have = stamp;
+            }
+            std::thread::sleep(POLL);
+        }
+    });
+}
+
+/// Runs one daemon for ever. `/run/lab/NAME.hold` keeps it from being started; `/run/lab/NAME.args` adds
+/// arguments, one a line.
+fn supervise(name: &str, program: &Program, arguments: &[String], log: &Path) {
+    let hold = format!("/run/lab/{name}.hold");
+    loop {
+        let stamp = program.stamp();
+        if stamp.is_none() || Path::new(&hold).exists() {
+            std::thread::sleep(POLL);
+            continue;
+        }
+        if report(name, program.fetch()) {
+            report(name, run(name, program, arguments, log, stamp));
+        }
+        std::thread::sleep(RESTART);
+    }
+}
+
+fn report(name: &str, result: Result<()>) -> bool {
+    if let Err(error) = &result {
+        println!("LAB {name}: {error:#}");
+    }
+    result.is_ok()
+}
+
+/// Until it ends by itself or there is a newer one.
+fn run(
+    name: &str,
+    program: &Program,
+    arguments: &[String],
+    log: &Path,
+    stamp: Option<SystemTime>,
+) -> Result<()> {
+    if let Some(folder) = log.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    let log = File::options().create(true).append(true).open(log)?;
+    let more = fs::read_to_string(format!("/run/lab/{name}.args")).unwrap_or_default();
+    let mut child = Command::new(&program.to)
+        .args(arguments)
+        .args(more.lines())
+        .env("RUST_BACKTRACE", "1")
+        .env("RUST_LOG", "info")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("cannot run {name}"))?;
+    fs::write(format!("/run/lab/{name}.pid"), child.id().to_string())?;
+    let mut polls = 0_u32;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            println!("LAB {name} ended: {status}");
+            return Ok(());
+        }
+        polls += 1;
+        // Asking the shared folder costs more than asking about a child.
+        if polls.is_multiple_of(100) && program.stamp().is_some_and(|now| Some(now) != stamp) {
+            child.kill()?;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

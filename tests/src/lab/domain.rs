@@ -1,0 +1,70 @@
+//! The domains lab guests are.
+
+use super::plan::{GUEST_BRIDGE, guest_address};
+use super::state::LabDir;
+
+/// A guest to be defined.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct GuestSpec {
+    pub(crate) name: String,
+    /// `pc` (i440fx) or `q35`.
+    pub(crate) machine: String,
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u32,
+    /// libvirt's domain type: `kvm`, or `qemu` for TCG.
+    pub(crate) kind: String,
+    /// Put in among the devices as it is.
+    pub(crate) extra_devices: String,
+}
+
+impl GuestSpec {
+    pub(crate) fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            machine: "pc".into(),
+            vcpus: 1,
+            memory_mib: 128,
+            kind: "kvm".into(),
+            extra_devices: String::new(),
+        }
+    }
+
+    /// The domain's XML. No USB, no graphics: what this guest has not cannot slow it down.
+    pub(crate) fn xml(&self, lab: &LabDir) -> String {
+        let Self { name, machine, vcpus, memory_mib, kind, extra_devices } = self;
+        let files = lab.shared().join("guest");
+        let files = files.display();
+        let address = guest_address(name);
+        let last = address.octets()[3];
+        let cpu = if kind == "kvm" { "<cpu mode='host-passthrough'/>" } else { "" };
+        format!(
+            "<domain type='{kind}'>
+  <name>{name}</name>
+  <memory unit='MiB'>{memory_mib}</memory>
+  <vcpu>{vcpus}</vcpu>
+  <os>
+    <type arch='x86_64' machine='{machine}'>hvm</type>
+    <kernel>{files}/vmlinuz</kernel>
+    <initrd>{files}/initramfs.img</initrd>
+    <cmdline>console=ttyS0 quiet us.name={name} us.address={address}/24</cmdline>
+  </os>
+  <features><acpi/><apic/></features>
+  {cpu}
+  <on_reboot>restart</on_reboot>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <controller type='usb' model='none'/>
+    <serial type='file'><source path='/run/lab/{name}.serial' append='on'/></serial>
+    <memballoon model='none'/>
+    <interface type='bridge'>
+      <mac address='52:54:00:77:01:{last:02x}'/>
+      <source bridge='{GUEST_BRIDGE}'/>
+      <model type='virtio'/>
+      <rom enabled='no'/>
+    </interface>
+{extra_devices}  </devices>
+</domain>
+"
+        )
+    }
+}

@@ -1,0 +1,91 @@
+//! One lab host as a QEMU process.
+
+use std::fs::OpenOptions;
+use std::process::{Child, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::plan::{HostName, Net};
+use super::state::LabDir;
+use crate::assets::probe::Accelerator;
+use crate::process;
+
+/// What the supervisor needs to know to start a host; a part of [`super::supervisor::Order`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Hardware {
+    pub(crate) kernel: std::path::PathBuf,
+    pub(crate) initramfs: std::path::PathBuf,
+    pub(crate) modules: std::path::PathBuf,
+    pub(crate) accelerator: Accelerator,
+    pub(crate) memory_mib: u32,
+}
+
+/// A host that has power.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    child: Child,
+}
+
+impl Machine {
+    /// Presses the button. Must be called on the supervisor's main thread: the process dies with it.
+    pub(crate) fn power_on(lab: &LabDir, host: HostName, hardware: &Hardware) -> Result<Self> {
+        let log =
+            OpenOptions::new().create(true).append(true).open(lab.logs().join(format!("{host}.qemu")))?;
+        let mut qemu = process::tied(&lab.helper(), Some(&lab.netns()), "qemu-system-x86_64");
+        let cpu = match hardware.accelerator {
+            Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,svm=on"],
+            Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
+        };
+        qemu.args(["-name", host.name(), "-M", "q35"]).args(cpu);
+        qemu.args(["-smp", "2", "-m", &format!("{}M", hardware.memory_mib), "-uuid", &host.uuid()]);
+        qemu.args(["-display", "none", "-nodefaults", "-no-reboot"]);
+        qemu.args(["-chardev", &format!("file,id=console,path={},append=on", lab.console(host).display())]);
+        qemu.args(["-serial", "chardev:console"]);
+        qemu.arg("-kernel").arg(&hardware.kernel).arg("-initrd").arg(&hardware.initramfs);
+        qemu.args(["-append", &command_line(lab, host, hardware)]);
+        // `remap`: the tree may span several file systems of this machine.
+        qemu.args(["-virtfs", "local,path=/,mount_tag=root,security_model=none,multidevs=remap,readonly=on"]);
+        let shared = lab.shared();
+        qemu.args(["-virtfs", &format!("local,path={},mount_tag=lab,security_model=none", shared.display())]);
+        qemu.args([
+            "-object",
+            "rng-random,id=rng,filename=/dev/urandom",
+            "-device",
+            "virtio-rng-pci,rng=rng",
+        ]);
+        for net in Net::ALL {
+            let (id, tap, mac) = (net.name(), host.tap(net), host.mac(net));
+            qemu.args(["-netdev", &format!("tap,id={id},ifname={tap},script=no,downscript=no")]);
+            qemu.args(["-device", &format!("virtio-net-pci,netdev={id},mac={mac},romfile=")]);
+        }
+        qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let child = qemu.spawn().with_context(|| format!("cannot start host {host}"))?;
+        Ok(Self { child })
+    }
+
+    /// A power cut: nothing inside has a chance to say goodbye.
+    pub(crate) fn power_off(mut self) -> Result<()> {
+        self.child.kill().context("cannot kill a host")?;
+        process::wait(&mut self.child, Duration::from_secs(10)).map(drop)
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+fn command_line(lab: &LabDir, host: HostName, hardware: &Hardware) -> String {
+    format!(
+        "console=ttyS0 quiet panic=-1 us.host={host} us.first={} us.shared={} us.modules={}",
+        lab.helper().display(),
+        lab.shared().display(),
+        hardware.modules.display(),
+    )
+}

@@ -1,0 +1,187 @@
+//! What happens to protection when agents die and when operators use virsh.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{SHAPES, Scenario, start_shaped};
+use crate::lab::Lab;
+use crate::lab::guest::Guest;
+use crate::lab::plan::HostName::{Alpha, Beta};
+use crate::lab::understudy::{GuestStatus, Role};
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    ("lifecycle: unprotect ends protection, the guest runs on", unprotect),
+    ("lifecycle: the primary agent is killed, the guest runs on", primary_killed),
+    ("lifecycle: the backup agent is killed, the primary says so and goes on when it is back", backup_killed),
+    ("lifecycle: a cut replication link is noticed and healed", link_cut),
+    ("lifecycle: virsh shutdown ends protection", |lab| ends_by(lab, "virsh shutdown g1")),
+    ("lifecycle: virsh destroy ends protection", |lab| ends_by(lab, "virsh destroy g1")),
+    ("lifecycle: virsh undefine leaves the running guest protected", undefine),
+    ("lifecycle: virsh suspend and resume", suspend),
+    ("lifecycle: a reboot is followed", reboot),
+];
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn protected(lab: &Lab) -> Result<Guest> {
+    let mut guest = start_shaped(lab, Alpha, SHAPES[0])?;
+    guest.must("dirty 100 20")?;
+    lab.protect("g1", Alpha)?;
+    advances(lab)?;
+    Ok(guest)
+}
+
+fn is_protected(status: &GuestStatus) -> bool {
+    status.state() == "protected"
+}
+
+/// Epochs go by.
+fn advances(lab: &Lab) -> Result<()> {
+    let now = lab
+        .wait_status((Alpha, Role::Primary), "g1", LIMIT, is_protected)?
+        .number("epochs_total")
+        .unwrap_or(0);
+    lab.wait_status((Alpha, Role::Primary), "g1", LIMIT, |status| {
+        is_protected(status) && status.number("epochs_total").is_some_and(|total| total > now + 3)
+    })
+    .map(drop)
+}
+
+/// The guest is the same one, counts, and its memory is in order.
+fn runs_on(guest: &mut Guest) -> Result<()> {
+    let before = guest.count()?;
+    std::thread::sleep(Duration::from_millis(500));
+    let after = guest.count()?;
+    ensure!(
+        after.boot == before.boot && after.total > before.total,
+        "{before:?}, half a second later {after:?}"
+    );
+    guest.must("check").map(drop)
+}
+
+fn unprotect(lab: &Lab) -> Result<()> {
+    let mut guest = protected(lab)?;
+    lab.must_understudy(Alpha, &["unprotect", "g1"])?;
+    runs_on(&mut guest)?;
+    ensure!(
+        lab.status(Alpha, Role::Primary, "g1")?.is_none_or(|status| !is_protected(&status)),
+        "still protected"
+    );
+    no_standby(lab)?;
+    // And it can be protected again.
+    lab.protect("g1", Alpha)?;
+    advances(lab)?;
+    runs_on(&mut guest)
+}
+
+/// The paused copy goes away with the protection; one that was just being created goes when it is there.
+fn no_standby(lab: &Lab) -> Result<()> {
+    let end = Instant::now() + LIMIT;
+    loop {
+        let domains = lab.shell(Beta, "virsh list --all --name")?;
+        let status = lab.status(Beta, Role::Backup, "g1")?;
+        if domains.trim().is_empty() && status.is_none() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "beta still has {domains:?} and says {status:?}");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+fn primary_killed(lab: &Lab) -> Result<()> {
+    let mut guest = protected(lab)?;
+    lab.kill_agent(Alpha, Role::Primary)?;
+    runs_on(&mut guest).context("right after the agent was killed")?;
+    // The next one finds what is left and takes the guest up again.
+    advances(lab).context("protection does not come back")?;
+    runs_on(&mut guest)
+}
+
+fn backup_killed(lab: &Lab) -> Result<()> {
+    let mut guest = protected(lab)?;
+    lab.hold_agent(Beta, Role::Backup)?;
+    lab.wait_status((Alpha, Role::Primary), "g1", Duration::from_secs(10), |status| !is_protected(status))
+        .context("the primary does not notice that its backup is gone")?;
+    runs_on(&mut guest)?;
+    lab.release_agent(Beta, Role::Backup)?;
+    advances(lab).context("protection does not come back")?;
+    runs_on(&mut guest)
+}
+
+fn link_cut(lab: &Lab) -> Result<()> {
+    let mut guest = protected(lab)?;
+    let repl = "repl".parse()?;
+    lab.cut(repl)?;
+    lab.wait_status((Alpha, Role::Primary), "g1", Duration::from_secs(30), |status| !is_protected(status))
+        .context("the primary does not notice that the link is cut")?;
+    runs_on(&mut guest)?;
+    lab.heal(repl)?;
+    advances(lab).context("protection does not come back")?;
+    runs_on(&mut guest)
+}
+
+fn ends_by(lab: &Lab, command: &str) -> Result<()> {
+    drop(protected(lab)?);
+    lab.shell(Alpha, command)?;
+    let domain_is_off =
+        "for i in $(seq 100); do virsh domstate g1 | grep -q 'shut off' && exit 0; sleep 0.2; done; exit 1";
+    lab.shell(Alpha, domain_is_off).context("the domain does not end")?;
+    lab.wait_status((Alpha, Role::Primary), "g1", LIMIT, |status| status.state() == "ended")?;
+    // An end that was wanted must not look like a dead host.
+    no_standby(lab)?;
+    // The domain can be started and protected again.
+    lab.shell(Alpha, "virsh start g1")?;
+    let mut guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
+    lab.protect("g1", Alpha)?;
+    advances(lab)?;
+    runs_on(&mut guest)
+}
+
+fn undefine(lab: &Lab) -> Result<()> {
+    let mut guest = protected(lab)?;
+    lab.shell(Alpha, "virsh undefine g1")?;
+    runs_on(&mut guest)?;
+    advances(lab)
+}
+
+/// A suspend that falls into the stop of a checkpoint is lost: libvirt takes that stop for its own. Whoever
+/// suspends a protected guest looks, and repeats it.
+fn suspend(lab: &Lab) -> Result<()> {
+    let mut guest = protected(lab)?;
+    lab.shell(
+        Alpha,
+        "for i in $(seq 20); do
+             virsh suspend g1 || exit 1
+             for n in 1 2 3 4 5; do sleep 0.3; virsh domstate g1 | grep -q paused || continue 2; done
+             exit 0
+         done
+         echo 'the guest does not stay suspended' >&2; exit 1",
+    )?;
+    let epochs = || -> Result<Option<u64>> {
+        Ok(lab.status(Alpha, Role::Primary, "g1")?.and_then(|status| status.number("epochs_total")))
+    };
+    let before = epochs()?;
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(epochs()? == before, "epochs go by although the guest is suspended");
+    let state = lab.shell(Alpha, "virsh domstate g1")?;
+    ensure!(state.trim() == "paused", "a suspended guest is {}", state.trim());
+    lab.shell(Alpha, "virsh resume g1")?;
+    runs_on(&mut guest)?;
+    advances(lab)?;
+    runs_on(&mut guest)
+}
+
+fn reboot(lab: &Lab) -> Result<()> {
+    let mut guest = protected(lab)?;
+    let boot = guest.count()?.boot;
+    // The guest may be gone before its answer is; the boot identity shows whether it heard.
+    drop(guest.ask("reboot"));
+    drop(guest);
+    std::thread::sleep(Duration::from_secs(1));
+    let mut guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
+    ensure!(guest.count()?.boot != boot, "the guest did not reboot");
+    advances(lab)?;
+    guest.must("dirty 100 20")?;
+    runs_on(&mut guest)
+}

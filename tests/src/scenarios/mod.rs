@@ -1,0 +1,173 @@
+//! The lab group: what happens to real guests on real hosts. One lab serves all scenarios.
+
+mod basics;
+mod exactness;
+mod failover;
+mod lifecycle;
+mod random;
+mod refusals;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::lab::domain::GuestSpec;
+use crate::lab::guest::Guest;
+use crate::lab::plan::{HostName, Link, Net};
+use crate::lab::remote::Exec;
+use crate::lab::state::LabDir;
+use crate::lab::understudy::Role;
+use crate::lab::{self, Lab};
+use crate::process;
+use crate::testing::{self, Report};
+use crate::ui::Steps;
+
+/// All scenarios together take less.
+const LIFETIME: Duration = Duration::from_secs(3600);
+
+/// A name, and what must not fail.
+type Scenario = (&'static str, fn(&Lab) -> Result<()>);
+
+/// In the order in which they run.
+const SCENARIOS: &[&[Scenario]] = &[
+    basics::SCENARIOS,
+    refusals::SCENARIOS,
+    lifecycle::SCENARIOS,
+    exactness::SCENARIOS,
+    failover::SCENARIOS,
+];
+
+/// How long a guest may take until it answers.
+const UP: Duration = Duration::from_secs(60);
+
+/// Machine and number of vCPUs.
+type Shape = (&'static str, u32);
+
+/// Every shape that has to work.
+const SHAPES: [Shape; 4] = [("pc", 1), ("pc", 2), ("q35", 1), ("q35", 2)];
+
+/// Guest g1 in a shape, answering.
+fn start_shaped(lab: &Lab, host: HostName, (machine, vcpus): Shape) -> Result<Guest> {
+    lab.start_guest(host, &GuestSpec { machine: machine.into(), vcpus, ..GuestSpec::new("g1") })?;
+    Guest::wait(lab.dir(), "g1", UP)
+}
+
+/// Boots a lab and runs them all. In CI none is ever skipped.
+pub(crate) fn run(report: &mut Report, pattern: &str) -> Result<()> {
+    let root = rustix::process::geteuid().is_root();
+    if !root && !testing::in_ci() && process::find_program("sudo").is_none() {
+        report.skip("lab", "it needs root for network namespaces and taps, and there is no sudo");
+        return Ok(());
+    }
+    if !root {
+        return as_root(report, pattern);
+    }
+    let started = Instant::now();
+    let lab = lab::cli::booted(LabDir::unique(), LIFETIME, true, false, &Steps::start())?;
+    println!("  lab is up after {:.1} s", started.elapsed().as_secs_f64());
+    play(&lab, report, pattern);
+    lab.down()
+}
+
+/// Runs the scenarios whose names contain `pattern`, in a lab that is up.
+pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
+    for (name, scenario) in SCENARIOS.iter().copied().flatten().filter(|(name, _)| name.contains(pattern)) {
+        report.test(name, || {
+            let result = attempt(lab, *scenario);
+            let stuck = if result.is_err() { lab.stuck_hosts()? } else { Vec::new() };
+            if stuck.is_empty() {
+                return result;
+            }
+            // The emulator, not what runs in it: now and then both its processors spin for good. Said, and no more
+            // than once.
+            for host in stuck {
+                println!(
+                    "    the emulated host {host} hangs: its power is cut, and the scenario begins again"
+                );
+                lab.power_off(host)?;
+            }
+            attempt(lab, *scenario)
+        });
+    }
+}
+
+fn attempt(lab: &Lab, scenario: fn(&Lab) -> Result<()>) -> Result<()> {
+    clear(lab)?;
+    scenario(lab).map_err(|error| error.context(format!("the agents said\n{}", lab.agent_logs())))
+}
+
+/// The lab needs root; what cargo builds should stay the user's.
+fn as_root(report: &mut Report, pattern: &str) -> Result<()> {
+    lab::agents::build()?;
+    let us = std::env::current_exe()?;
+    let mut command = Command::new("sudo");
+    command.arg(process::PRESERVED).arg(us).args(["test", "--only", "lab", "--scenario", pattern]);
+    let output = process::output(&mut command, LIFETIME)?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    println!("{}{}", said.trim_end(), String::from_utf8_lossy(&output.stderr).trim_end());
+    match said.lines().last().and_then(closing_line) {
+        Some((passed, 0)) if output.status.success() => report.pass(passed),
+        Some((passed, failed)) => {
+            report.pass(passed);
+            report.fail("lab", &format!("{failed} failed, see above"));
+        }
+        None => report.fail("lab", &format!("it ended without a result ({})", output.status)),
+    }
+    Ok(())
+}
+
+/// `N passed, N failed`
+fn closing_line(line: &str) -> Option<(usize, usize)> {
+    let mut words = line.split_whitespace();
+    let (passed, _, failed) = (words.next()?, words.next()?, words.next()?);
+    Some((passed.parse().ok()?, failed.parse().ok()?))
+}
+
+/// Switches a host on unless it is, and waits until its agents answer.
+fn up(lab: &Lab, host: HostName) -> Result<()> {
+    lab.ensure_up(host, &Steps::quiet())?;
+    [Role::Primary, Role::Backup].into_iter().try_for_each(|role| lab.wait_agent(host, role))
+}
+
+/// Both hosts up, every cable plugged in, no guest anywhere.
+fn clear(lab: &Lab) -> Result<()> {
+    for net in [Net::Lan, Net::Repl] {
+        lab.heal(Link { net, host: None })?;
+    }
+    for host in HostName::ALL {
+        up(lab, host)?;
+    }
+    // Nearly always there is nothing to do, and virsh takes its time in an emulated host.
+    let wipe = Exec::shell(
+        "rm -f /run/lab/*.serial /run/lab/*.hold /run/lab/*.args
+        for i in $(seq 15); do
+          all=$(virsh list --all --name | xargs)
+          test -z \"$all\" && exit 0
+          for g in $all; do
+            timeout 20 understudy unprotect $g
+            virsh -q destroy $g; virsh -q undefine $g
+          done >/dev/null 2>&1
+          test $i -lt 3 || sleep 1 # a standby may just be being made
+        done; echo \"still there: $all\"; exit 1",
+    )
+    .limit(Duration::from_secs(90));
+    std::thread::scope(|scope| {
+        let wipe = &wipe;
+        let wipes = HostName::ALL.map(|host| scope.spawn(move || lab.checked(host, wipe)));
+        wipes
+            .into_iter()
+            .try_for_each(|wiped| wiped.join().unwrap_or_else(|_| bail!("wiping a host panicked")).map(drop))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_closing_line_is_understood() {
+        assert_eq!(closing_line("24 passed, 1 failed, 3 skipped"), Some((24, 1)));
+        assert_eq!(closing_line("Error: no lab"), None);
+    }
+}

@@ -1,0 +1,164 @@
+//! `cargo xtask test`: everything CI runs, in groups.
+
+mod architecture;
+mod cargo;
+mod microvm;
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use crate::setup;
+
+/// A part of the tests that can be run alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Group {
+    /// Format, lints, unit tests, documentation
+    Unit,
+    /// Who may depend on whom, where unsafe code may be, how long a file may be
+    Architecture,
+    /// A thousand failovers of a KVM guest of our own, on this machine's /dev/kvm
+    Microvm,
+    /// Licences, sources and bans of the dependencies
+    Deny,
+    /// Scenarios with real guests on real hosts
+    Lab,
+}
+
+impl Group {
+    const ALL: [Self; 5] = [Self::Architecture, Self::Unit, Self::Microvm, Self::Deny, Self::Lab];
+
+    fn run(self, report: &mut Report, scenario: &str) -> Result<()> {
+        match self {
+            Self::Unit => cargo::unit(report),
+            Self::Architecture => architecture::check(report),
+            Self::Microvm => microvm::run(report, microvm::TEST_CYCLES),
+            Self::Deny => cargo::deny(report),
+            Self::Lab => crate::scenarios::run(report, scenario),
+        }
+    }
+}
+
+impl fmt::Display for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Unit => "unit",
+            Self::Architecture => "architecture",
+            Self::Microvm => "microvm",
+            Self::Deny => "deny",
+            Self::Lab => "lab",
+        })
+    }
+}
+
+/// The same tests with so many rounds that CI cannot wait for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Campaign {
+    /// Twenty thousand failovers of the micro-VM
+    Microvm,
+}
+
+/// Runs a campaign; the exit status tells whether all is well.
+pub(crate) fn campaign(name: Campaign) -> Result<i32> {
+    setup::ensure()?;
+    let mut report = Report::default();
+    match name {
+        Campaign::Microvm => microvm::run(&mut report, microvm::CAMPAIGN_CYCLES)?,
+    }
+    Ok(report.close())
+}
+
+/// What came of the tests so far.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    passed: usize,
+    skipped: usize,
+    failures: Vec<String>,
+}
+
+impl Report {
+    pub(crate) fn pass(&mut self, count: usize) {
+        self.passed += count;
+    }
+
+    pub(crate) fn skip(&mut self, what: &str, why: &str) {
+        println!("  skipped {what}: {why}");
+        self.skipped += 1;
+    }
+
+    /// `why` is shown at once, `what` again at the end.
+    pub(crate) fn fail(&mut self, what: &str, why: &str) {
+        println!("  FAILED {what}\n{}", why.trim_end());
+        self.failures.push(what.to_owned());
+    }
+
+    /// Runs one test and says how it went.
+    pub(crate) fn test(&mut self, what: &str, test: impl FnOnce() -> Result<()>) {
+        let started = Instant::now();
+        match test() {
+            Ok(()) => {
+                println!("  ok {what} ({:.1} s)", started.elapsed().as_secs_f64());
+                self.pass(1);
+            }
+            Err(error) => self.fail(what, &format!("{error:#}")),
+        }
+    }
+
+    /// Prints what failed and the closing line; gives the exit status.
+    pub(crate) fn close(&self) -> i32 {
+        for failure in &self.failures {
+            println!("FAILED {failure}");
+        }
+        println!("{}", self.closing_line());
+        i32::from(!self.failures.is_empty())
+    }
+
+    fn closing_line(&self) -> String {
+        let skipped = if self.skipped > 0 { format!(", {} skipped", self.skipped) } else { String::new() };
+        format!("{} passed, {} failed{skipped}", self.passed, self.failures.len())
+    }
+}
+
+/// Whether this is CI, which accepts fewer excuses.
+pub(crate) fn in_ci() -> bool {
+    std::env::var_os("CI").is_some_and(|value| !value.is_empty() && value != "false" && value != "0")
+}
+
+/// Runs groups, all when none is named; the exit status tells whether all is well.
+pub(crate) fn run(only: &[Group], scenario: &str) -> Result<i32> {
+    setup::ensure()?;
+    let groups = Group::ALL.into_iter().filter(|group| only.is_empty() || only.contains(group));
+    let mut report = Report::default();
+    let mut times: Vec<(Group, Duration)> = Vec::new();
+    for group in groups {
+        println!("group {group}");
+        let started = Instant::now();
+        if let Err(error) = group.run(&mut report, scenario) {
+            report.fail(&format!("group {group}"), &format!("{error:#}"));
+        }
+        times.push((group, started.elapsed()));
+    }
+    println!();
+    for (group, time) in times {
+        println!("{group:14} {:6.1} s", time.as_secs_f64());
+    }
+    Ok(report.close())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_closing_line_counts_everything() {
+        let mut report = Report::default();
+        report.pass(41);
+        report.test("one", || Ok(()));
+        assert_eq!(report.closing_line(), "42 passed, 0 failed");
+        report.skip("three", "no reason");
+        report.test("two", || anyhow::bail!("on purpose"));
+        assert_eq!(report.closing_line(), "42 passed, 1 failed, 1 skipped");
+    }
+}
