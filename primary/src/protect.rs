@@ -20,7 +20,7 @@ use crate::engine::Settings;
 use crate::state_file::ProtectedGuest;
 
 /// How long a backup may take over a probe.
-const PROBE_LIMIT: Duration = Duration::from_secs(5);
+const PROBE_LIMIT: Duration = Duration::from_secs(20);
 
 /// What libvirt says of a guest and of this host.
 struct Facts {

@@ -14,8 +14,9 @@ pub const DEFAULT_PORT: u16 = 7420;
 /// How often a silent connection is asked for a sign of life.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long the sign of life may take before the connection counts as broken.
-pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the sign of life may take before the connection counts as broken. Longer than the agents' own limits, which
+/// know what they wait for: it queues behind whatever a full copy has in the socket, on hosts that are busy.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a connection may take to come up.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
