@@ -123,7 +123,11 @@ pub(crate) fn become_child(parent: u32, netns: Option<&str>, command: &[String])
 ///
 /// # Errors
 /// When this program's own file cannot be found.
-pub(crate) fn tied(helper: &std::path::Path, netns: Option<&str>, program: &str) -> Command {
+pub(crate) fn tied(
+    helper: &std::path::Path,
+    netns: Option<&str>,
+    program: impl AsRef<std::ffi::OsStr>,
+) -> Command {
     let mut command = Command::new(helper);
     command.arg("__spawn").arg("--parent").arg(std::process::id().to_string());
     if let Some(name) = netns {

@@ -1,6 +1,7 @@
 //! Everything a lab is made of that is not the machine's own: kernels, initramfs images, the guest program.
 
 pub(crate) mod cpio;
+pub(crate) mod emulator;
 pub(crate) mod guest;
 pub(crate) mod initramfs;
 pub(crate) mod kernel;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::workspace;
+use emulator::Emulator;
 use initramfs::Recipe;
 use kernel::{Flavour, Kernel};
 use probe::Accelerator;
@@ -23,6 +25,8 @@ pub(crate) struct Assets {
     pub(crate) guest_kernel: Kernel,
     pub(crate) guest_initramfs: PathBuf,
     pub(crate) accelerator: Accelerator,
+    /// What the hosts run on.
+    pub(crate) emulator: Emulator,
 }
 
 impl Assets {
@@ -54,6 +58,10 @@ impl Assets {
             },
         )?;
         let accelerator = probe::accelerator(&cache, &host_kernel)?;
-        Ok(Self { host_kernel, host_initramfs, guest_kernel, guest_initramfs, accelerator })
+        let emulator = match accelerator {
+            Accelerator::Tcg => Emulator::steady(&cache),
+            Accelerator::Kvm => Emulator::own(),
+        };
+        Ok(Self { host_kernel, host_initramfs, guest_kernel, guest_initramfs, accelerator, emulator })
     }
 }

@@ -20,6 +20,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// What libvirt found out about QEMU. To find it out takes half a minute in an emulated host, so it is kept
 /// in the shared folder and by the lab's owner; libvirt itself decides whether it still holds.
 const CAPABILITIES: &str = "/var/cache/libvirt/qemu/capabilities";
+/// On a tmpfs, so that a backup can keep the memory of its standbys up to date.
+const GUEST_MEMORY: &str = "/dev/shm/libvirt-ram";
 /// The same, in the shared folder.
 pub(crate) const PROBED: &str = ".capabilities";
 
@@ -173,7 +175,10 @@ fn identify(host: HostName) -> Result<()> {
 
 fn libvirt() -> Result<()> {
     // No confinement inside a throw-away host, and QEMU must read the shared folder.
-    let conf = "security_driver = \"none\"\nuser = \"root\"\ngroup = \"root\"\nmax_core = 0\n";
+    let conf = format!(
+        "security_driver = \"none\"\nuser = \"root\"\ngroup = \"root\"\nmax_core = 0\nmemory_backing_dir = \"{GUEST_MEMORY}\"\n"
+    );
+    fs::create_dir_all(GUEST_MEMORY)?;
     fs::write("/etc/libvirt/qemu.conf", conf)?;
     for daemon in ["virtlogd", "libvirtd"] {
         process::checked(Command::new(daemon).arg("--daemon"), LIMIT)?;

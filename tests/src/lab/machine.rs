@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::{HostName, Net};
 use super::state::LabDir;
+use crate::assets::emulator::Emulator;
 use crate::assets::probe::Accelerator;
 use crate::process;
 
@@ -19,6 +20,7 @@ pub(crate) struct Hardware {
     pub(crate) initramfs: std::path::PathBuf,
     pub(crate) modules: std::path::PathBuf,
     pub(crate) accelerator: Accelerator,
+    pub(crate) emulator: Emulator,
     pub(crate) memory_mib: u32,
 }
 
@@ -33,7 +35,11 @@ impl Machine {
     pub(crate) fn power_on(lab: &LabDir, host: HostName, hardware: &Hardware) -> Result<Self> {
         let log =
             OpenOptions::new().create(true).append(true).open(lab.logs().join(format!("{host}.qemu")))?;
-        let mut qemu = process::tied(&lab.helper(), Some(&lab.netns()), "qemu-system-x86_64");
+        let emulator = &hardware.emulator;
+        let mut qemu = process::tied(&lab.helper(), Some(&lab.netns()), &emulator.program);
+        for folder in &emulator.firmware {
+            qemu.arg("-L").arg(folder);
+        }
         let cpu = match hardware.accelerator {
             Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,svm=on"],
             Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],

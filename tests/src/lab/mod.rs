@@ -72,6 +72,7 @@ impl Lab {
             initramfs: assets.host_initramfs.clone(),
             modules: assets.host_kernel.modules(),
             accelerator: assets.accelerator,
+            emulator: assets.emulator,
             memory_mib: HOST_MEMORY_MIB,
         };
         if hardware.accelerator == Accelerator::Tcg {
@@ -158,11 +159,24 @@ impl Lab {
         self.wait_ready(host, steps)
     }
 
-    /// Hosts that have power but do not even run `true`, over a network that is never cut.
-    pub(crate) fn stuck_hosts(&self) -> Result<Vec<HostName>> {
-        let powered = self.ask(&Request::Status)?.powered;
+    /// Hosts that ended by themselves, and those that have power but do not even run `true`, over a network that is
+    /// never cut; with what happened to each.
+    pub(crate) fn fallen_hosts(&self) -> Result<Vec<(HostName, String)>> {
+        let Reply { powered, ended, .. } = self.ask(&Request::Status)?;
         let alive = |host: &HostName| self.exec(*host, &Exec::new(["true"]).limit(STUCK_LIMIT)).is_ok();
-        Ok(powered.into_keys().filter(|host| !alive(host)).collect())
+        let stuck = powered.into_keys().filter(|host| !alive(host)).map(|host| (host, "hangs".to_owned()));
+        let panicked = ended.into_keys().map(|host| {
+            let console = state::tail(&self.dir.console(host), 60);
+            let why =
+                console.lines().rfind(|line| line.contains("Kernel panic")).unwrap_or("ended").to_owned();
+            (host, why)
+        });
+        Ok(stuck.chain(panicked).collect())
+    }
+
+    /// Cuts the power of a host unless it has none.
+    pub(crate) fn ensure_off(&self, host: HostName) -> Result<()> {
+        if self.ask(&Request::Status)?.powered.contains_key(&host) { self.power_off(host) } else { Ok(()) }
     }
 
     /// Waits until libvirt of a host answers; shows the end of its console if it never does.

@@ -126,6 +126,15 @@ impl Lab {
         GuestStatus::parse(&self.must_understudy(host, &["status", "--json"])?, role, guest)
     }
 
+    /// The guests the agents of a host know, except those whose protection has ended by itself.
+    pub(crate) fn known_guests(&self, host: HostName) -> Result<Vec<String>> {
+        let text = self.must_understudy(host, &["status", "--json"])?;
+        let whole: Value = serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
+        let guests = whole["guests"].as_array().into_iter().flatten();
+        let left = guests.filter(|guest| guest["role"] == "backup" || guest["state"] != "ended");
+        Ok(left.filter_map(|guest| guest["domain"].as_str().map(str::to_owned)).collect())
+    }
+
     /// Kills an agent; the host starts it again at once.
     pub(crate) fn kill_agent(&self, host: HostName, role: Role) -> Result<()> {
         let program = role.program();

@@ -10,7 +10,7 @@ mod refusals;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::lab::domain::GuestSpec;
 use crate::lab::guest::Guest;
@@ -25,6 +25,9 @@ use crate::ui::Steps;
 
 /// All scenarios together take less.
 const LIFETIME: Duration = Duration::from_secs(3600);
+
+/// How often a scenario begins at most.
+const ATTEMPTS: u32 = 3;
 
 /// A name, and what must not fail.
 type Scenario = (&'static str, fn(&Lab) -> Result<()>);
@@ -53,6 +56,21 @@ fn start_shaped(lab: &Lab, host: HostName, (machine, vcpus): Shape) -> Result<Gu
     Guest::wait(lab.dir(), "g1", UP)
 }
 
+/// Has guest g1 start itself anew; gives its new boot identity.
+fn reboot(lab: &Lab, boot: &str) -> Result<String> {
+    // It may be gone before its answer is.
+    drop(Guest::wait(lab.dir(), "g1", UP)?.ask("reboot"));
+    let end = Instant::now() + UP;
+    loop {
+        let again = Guest::wait(lab.dir(), "g1", UP)?.count();
+        if let Some(again) = again.ok().filter(|again| again.boot != boot) {
+            return Ok(again.boot);
+        }
+        ensure!(Instant::now() < end, "the guest did not reboot");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
 /// Boots a lab and runs them all. In CI none is ever skipped.
 pub(crate) fn run(report: &mut Report, pattern: &str) -> Result<()> {
     let root = rustix::process::geteuid().is_root();
@@ -73,28 +91,32 @@ pub(crate) fn run(report: &mut Report, pattern: &str) -> Result<()> {
 /// Runs the scenarios whose names contain `pattern`, in a lab that is up.
 pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     for (name, scenario) in SCENARIOS.iter().copied().flatten().filter(|(name, _)| name.contains(pattern)) {
-        report.test(name, || {
-            let result = attempt(lab, *scenario);
-            let stuck = if result.is_err() { lab.stuck_hosts()? } else { Vec::new() };
-            if stuck.is_empty() {
-                return result;
-            }
-            // The emulator, not what runs in it: now and then both its processors spin for good. Said, and no more
-            // than once.
-            for host in stuck {
-                println!(
-                    "    the emulated host {host} hangs: its power is cut, and the scenario begins again"
-                );
-                lab.power_off(host)?;
-            }
-            attempt(lab, *scenario)
-        });
+        report.test(name, || repeated(lab, *scenario));
     }
 }
 
-fn attempt(lab: &Lab, scenario: fn(&Lab) -> Result<()>) -> Result<()> {
+/// A scenario during which an emulated host fell over begins again, loudly and [`ATTEMPTS`] times at most: its kernel
+/// panicked or all its processors spin, which is the emulator's doing and not that of what runs in it. Whatever
+/// else goes wrong fails at once.
+fn repeated(lab: &Lab, scenario: fn(&Lab) -> Result<()>) -> Result<()> {
+    let mut attempt = 1;
+    loop {
+        let result = play_once(lab, scenario);
+        let fallen = if result.is_err() { lab.fallen_hosts()? } else { Vec::new() };
+        if fallen.is_empty() || attempt == ATTEMPTS {
+            return result;
+        }
+        for (host, how) in fallen {
+            println!("    attempt {attempt}: the emulated host {host} {how}; the scenario begins again");
+            lab.ensure_off(host)?;
+        }
+        attempt += 1;
+    }
+}
+
+fn play_once(lab: &Lab, scenario: fn(&Lab) -> Result<()>) -> Result<()> {
     clear(lab)?;
-    scenario(lab).map_err(|error| error.context(format!("the agents said\n{}", lab.agent_logs())))
+    scenario(lab).map_err(|error| anyhow!("{error:#}\nthe agents said\n{}", lab.agent_logs()))
 }
 
 /// The lab needs root; what cargo builds should stay the user's.
@@ -154,11 +176,29 @@ fn clear(lab: &Lab) -> Result<()> {
     .limit(Duration::from_secs(90));
     std::thread::scope(|scope| {
         let wipe = &wipe;
-        let wipes = HostName::ALL.map(|host| scope.spawn(move || lab.checked(host, wipe)));
+        let wipes = HostName::ALL.map(|host| {
+            scope.spawn(move || lab.checked(host, wipe).and_then(|_| forget(lab, host)).context(host.name()))
+        });
         wipes
             .into_iter()
-            .try_for_each(|wiped| wiped.join().unwrap_or_else(|_| bail!("wiping a host panicked")).map(drop))
+            .try_for_each(|wiped| wiped.join().unwrap_or_else(|_| bail!("wiping a host panicked")))
     })
+}
+
+/// Makes the agents of a host drop what is left of guests whose other host is gone.
+fn forget(lab: &Lab, host: HostName) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        let known = lab.known_guests(host)?;
+        if known.is_empty() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "the agents still know {known:?}");
+        for guest in known {
+            // It may just be going by itself.
+            lab.understudy(host, &["unprotect", &guest])?;
+        }
+    }
 }
 
 #[cfg(test)]

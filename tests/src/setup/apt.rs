@@ -42,6 +42,16 @@ pub(crate) fn update() -> Result<()> {
     process::checked(privileged("apt-get").args(["update", "--quiet"]), LIMIT).map(drop)
 }
 
+/// Where this machine gets the main archive of a release from.
+pub(crate) fn site(release: &str) -> Result<String> {
+    let mut command = Command::new("apt-get");
+    command.args(["indextargets", "--format", "$(SITE) $(RELEASE) $(COMPONENT)", "Created-By: Packages"]);
+    let targets = process::checked(&mut command, LIMIT)?;
+    let wanted = |line: &&str| line.split_whitespace().skip(1).eq([release, "main"]);
+    let found = targets.lines().find(wanted).and_then(|line| line.split_whitespace().next());
+    found.map(str::to_owned).with_context(|| format!("apt has no source of {release} main"))
+}
+
 /// What apt would do for `packages`: all it installs, and all it removes.
 fn simulate(packages: &[String]) -> Result<Plan> {
     let mut command = Command::new("apt-get");
