@@ -32,10 +32,11 @@ pub struct Config {
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub staging_mib: u64,
 
-    /// Keep the memory of standbys in files shared with their QEMU, so that a promotion loads devices only. Needs
-    /// memory_backing_dir of libvirt's qemu.conf on a tmpfs. Experimental: not yet tried between two hosts.
+    /// Load the memory of a standby at its promotion, not ahead of it: the promotion takes longer, by the size of the
+    /// memory. Without this it is kept up to date in a file shared with QEMU, where memory_backing_dir of libvirt's
+    /// qemu.conf is on a tmpfs; `understudy status` says which it is, and why.
     #[arg(long)]
-    pub warm: bool,
+    pub cold_standby: bool,
 
     /// Test hook: write the committed image of these epochs to files.
     #[cfg(feature = "test-hooks")]

@@ -401,7 +401,7 @@ impl Promoter for LibvirtPromoter {
             .map_err(|e| PromoteError::new(format!("no standby can be made of the guest's XML: {e}")))?;
         if !self.warm {
             self.create_silent(&xml)?;
-            return Ok(Standby::Cold(String::new()));
+            return Ok(Standby::Cold("this agent runs with --cold-standby".into()));
         }
         match self.create_warm(spec) {
             Ok(memory) => {

@@ -36,7 +36,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("cannot use the state directory {}", config.state_dir.display()))?;
     let sockets = Sockets::bind(config.listen, &config.run_dir)?;
     let tools = Tools {
-        promoter: Arc::new(LibvirtPromoter::new(&config.libvirt_uri, &config.run_dir, config.warm)),
+        promoter: Arc::new(LibvirtPromoter::new(&config.libvirt_uri, &config.run_dir, !config.cold_standby)),
         store: Arc::new(store),
         memory: Arc::new(AnonymousMemory),
         dump: config.dump(),
