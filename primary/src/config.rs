@@ -52,6 +52,11 @@ pub struct Config {
     #[cfg(feature = "test-hooks")]
     #[arg(long, value_name = "DIR")]
     pub dump_dir: Option<PathBuf>,
+
+    /// Test hook: die while the guest is stopped at this epoch.
+    #[cfg(feature = "test-hooks")]
+    #[arg(long, value_name = "N")]
+    pub die_at_epoch: Option<u64>,
 }
 
 impl Config {

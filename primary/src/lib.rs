@@ -7,6 +7,9 @@ pub mod config;
 #[cfg(feature = "test-hooks")]
 pub mod dump;
 pub mod engine;
+#[cfg(feature = "test-hooks")]
+pub mod hooks;
+pub mod life;
 pub mod protect;
 pub mod replicate;
 pub mod state_file;

@@ -14,6 +14,7 @@ use tracing_subscriber::EnvFilter;
 use understudy_primary::admin::Admin;
 use understudy_primary::agent::Agent;
 use understudy_primary::config::Config;
+use understudy_primary::life::SignOfLife;
 use understudy_proto::rpc::{admin_routes, transport};
 
 /// As in sysexits.h: the command was used incorrectly.
@@ -55,6 +56,8 @@ async fn serve(config: Config) -> Result<()> {
     let remembered = agent.remembered()?;
     let socket = agent.config.run_dir.join(transport::PRIMARY_SOCKET);
     let listener = listen(&socket).await?;
+    // Before any guest is touched, and until the process ends.
+    let _life = SignOfLife::take(&agent.config.state_dir)?;
     info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), guests = remembered.len(), "started");
 
     let routes = admin_routes(Arc::new(Admin::new(Arc::clone(&agent))));

@@ -294,11 +294,15 @@ fn barrier(_agent: &Agent, _domain: &Domain) -> Barrier {
 
 #[cfg(feature = "test-hooks")]
 fn barrier(agent: &Agent, domain: &Domain) -> Barrier {
-    match &agent.config.dump_dir {
+    let barrier: Barrier = match &agent.config.dump_dir {
         Some(folder) => {
             crate::dump::barrier(domain.clone(), folder.clone(), agent.config.dump_epochs.clone())
         }
         None => Box::new(|_| Ok(())),
+    };
+    match agent.config.die_at_epoch {
+        Some(epoch) => crate::hooks::die_at(epoch, barrier),
+        None => barrier,
     }
 }
 

@@ -14,6 +14,7 @@ pub mod ids;
 pub mod layout;
 pub mod limits;
 pub mod negotiate;
+pub mod protected;
 pub mod qemu;
 #[cfg(feature = "rpc")]
 pub mod rpc;
