@@ -16,6 +16,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("understudy-libvirt", &["understudy-proto"]),
     ("understudy-primary", &["understudy-proto", "understudy-libvirt"]),
     ("understudy-backup", &["understudy-proto", "understudy-libvirt"]),
+    // The supervisor needs nothing of the agents: it must work when they do not.
+    ("understudy-watchdog", &["understudy-proto", "understudy-libvirt"]),
     ("understudy", &["understudy-proto", "understudy-libvirt"]),
     (
         "understudy-tests",

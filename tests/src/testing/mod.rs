@@ -3,6 +3,7 @@
 mod architecture;
 mod cargo;
 mod microvm;
+mod supervisor;
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -58,6 +59,8 @@ impl fmt::Display for Group {
 pub(crate) enum Campaign {
     /// Twenty thousand failovers of the micro-VM
     Microvm,
+    /// A thousand deaths of an agent under checkpointing, each survived by the guest within the supervisor's bound
+    Supervisor,
 }
 
 /// Runs a campaign; the exit status tells whether all is well.
@@ -66,6 +69,7 @@ pub(crate) fn campaign(name: Campaign) -> Result<i32> {
     let mut report = Report::default();
     match name {
         Campaign::Microvm => microvm::run(&mut report, microvm::CAMPAIGN_CYCLES)?,
+        Campaign::Supervisor => supervisor::run(&mut report, supervisor::CAMPAIGN_DEATHS)?,
     }
     Ok(report.close())
 }
