@@ -1,4 +1,4 @@
-//! The agents of a host, kept running as a service manager would.
+//! The agents of a host and their supervisor, kept running as a service manager would.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -12,6 +12,10 @@ use crate::lab::plan::{BACKUP_PORT, HostName};
 /// systemd's default for `RestartSec`.
 const RESTART: Duration = Duration::from_millis(100);
 const POLL: Duration = Duration::from_millis(300);
+
+/// A dump of all memory at a stop takes long in an emulated host, and is no hung agent; as long as the agent itself allows
+/// for it, and a while to let the guest run.
+const HUNG_AFTER_MS: u32 = 330_000;
 
 /// Where programs come from and where they run from. `understudy` is only to be there.
 struct Program {
@@ -38,9 +42,11 @@ impl Program {
 
 pub(super) fn keep_running(shared: &Path, host: HostName) {
     let listen = format!("0.0.0.0:{BACKUP_PORT}");
-    let daemons: [(&str, Vec<String>); 2] = [
+    let hung_after = HUNG_AFTER_MS.to_string();
+    let daemons: [(&str, Vec<String>); 3] = [
         ("understudy-primary", vec![]),
         ("understudy-backup", vec!["--listen".into(), listen, "--insecure".into()]),
+        ("understudy-watchdog", vec!["--hung-after-ms".into(), hung_after]),
     ];
     for (name, arguments) in daemons {
         let program = Program::new(shared, name);

@@ -9,10 +9,11 @@ use super::state::LabDir;
 use crate::{process, workspace};
 
 /// Package and program. The hosts keep the daemons running.
-const PROGRAMS: [(&str, &str); 3] = [
+const PROGRAMS: [(&str, &str); 4] = [
     ("understudy", "understudy"),
     ("understudy-primary", "understudy-primary"),
     ("understudy-backup", "understudy-backup"),
+    ("understudy-watchdog", "understudy-watchdog"),
 ];
 /// What the lab's agents can do and an operator's cannot.
 const FEATURE: &str = "test-hooks";

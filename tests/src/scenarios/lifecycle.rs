@@ -1,5 +1,6 @@
 //! What happens to protection when agents die and when operators use virsh.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -13,6 +14,10 @@ use crate::lab::understudy::{GuestStatus, Role};
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("lifecycle: unprotect ends protection, the guest runs on", unprotect),
     ("lifecycle: the primary agent is killed, the guest runs on", primary_killed),
+    (
+        "lifecycle: the primary agent is killed in the middle of a stop and not started again, the guest runs on",
+        primary_killed_at_a_stop,
+    ),
     ("lifecycle: the backup agent is killed, the primary says so and goes on when it is back", backup_killed),
     ("lifecycle: a cut replication link is noticed and healed", link_cut),
     ("lifecycle: virsh shutdown ends protection", |lab| ends_by(lab, "virsh shutdown g1")),
@@ -94,6 +99,39 @@ fn primary_killed(lab: &Lab) -> Result<()> {
     lab.kill_agent(Alpha, Role::Primary)?;
     runs_on(&mut guest).context("right after the agent was killed")?;
     // The next one finds what is left and takes the guest up again.
+    advances(lab).context("protection does not come back")?;
+    runs_on(&mut guest)
+}
+
+/// The agent dies where QEMU waits for its word; only the supervisor is left to say it.
+fn primary_killed_at_a_stop(lab: &Lab) -> Result<()> {
+    // Late enough for `protect` to be over.
+    const LAST_EPOCH: u64 = 60;
+    let log = lab.dir().shared().join(format!("log/{Alpha}-understudy-watchdog.log"));
+    let read = || fs::read_to_string(&log).with_context(|| format!("cannot read {}", log.display()));
+    let before = read()?.len();
+    lab.restart_agent(Alpha, Role::Primary, &format!("--die-at-epoch\n{LAST_EPOCH}"))?;
+    // From now on whoever dies stays dead.
+    lab.shell(Alpha, "touch /run/lab/understudy-primary.hold")?;
+    let mut guest = start_shaped(lab, Alpha, SHAPES[0])?;
+    guest.must("dirty 100 20")?;
+    lab.protect("g1", Alpha)?;
+    lab.shell(
+        Alpha,
+        "for i in $(seq 250); do kill -0 $(cat /run/lab/understudy-primary.pid) 2>/dev/null || exit 0; sleep 0.2; done
+        echo 'the agent does not die' >&2; exit 1",
+    )?;
+    runs_on(&mut guest).context("right after the agent died within a stop")?;
+    let end = Instant::now() + LIMIT;
+    while !read()?
+        .get(before..)
+        .is_some_and(|said| said.contains("the guest was left stopped and is let run"))
+    {
+        ensure!(Instant::now() < end, "the supervisor does not say that it let the guest run");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    lab.shell(Alpha, "rm /run/lab/understudy-primary.args")?;
+    lab.release_agent(Alpha, Role::Primary)?;
     advances(lab).context("protection does not come back")?;
     runs_on(&mut guest)
 }
