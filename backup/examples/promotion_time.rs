@@ -73,7 +73,8 @@ fn measure(
     }
     let spec = StandbySpec { guest, seed: Arc::clone(image.seed()), persistent: false };
     let mut image = Arc::new(image);
-    let cold: Vec<Duration> = (0..COLD_ROUNDS).map(|_| promote(promoter, &spec, &image)).collect();
+    let cold: Vec<Duration> =
+        (0..COLD_ROUNDS).map(|_| promote(connection, promoter, &spec, &image)).collect();
     let mut memory = (0, 0);
     let mut warm = Vec::new();
     for _ in 0..rounds {
@@ -81,7 +82,7 @@ fn measure(
         let mut step = Move::new(shared);
         while !Arc::get_mut(&mut image).unwrap().move_step(&mut step).unwrap() {}
         memory = (anonymous_bytes(), image.shared().unwrap().resident_bytes());
-        warm.push(load(promoter, &spec, &image));
+        warm.push(load(connection, promoter, &spec, &image));
     }
     let (warm, cold) = (Times::of(warm), Times::of(cold));
     let mib_of = |bytes: u64| bytes >> 20;
@@ -98,13 +99,23 @@ fn measure(
 }
 
 /// With a standby of its own that is not the image's memory.
-fn promote(promoter: &LibvirtPromoter, spec: &StandbySpec, image: &Arc<Image>) -> Duration {
+fn promote(
+    connection: &Connection,
+    promoter: &LibvirtPromoter,
+    spec: &StandbySpec,
+    image: &Arc<Image>,
+) -> Duration {
     drop(promoter.prepare(spec).unwrap());
-    load(promoter, spec, image)
+    load(connection, promoter, spec, image)
 }
 
 /// The guest runs only for a moment, so that the image stays good for the next round.
-fn load(promoter: &LibvirtPromoter, spec: &StandbySpec, image: &Arc<Image>) -> Duration {
+fn load(
+    connection: &Connection,
+    promoter: &LibvirtPromoter,
+    spec: &StandbySpec,
+    image: &Arc<Image>,
+) -> Duration {
     let began = Instant::now();
     promoter.load(spec, image).unwrap();
     let loaded = began.elapsed();

@@ -12,7 +12,7 @@ use support::daemon::{Libvirtd, PATIENCE, capture, missing};
 use support::{Epoch, Page, at};
 use understudy_backup::assembly::Attempt;
 use understudy_backup::dump::Dump;
-use understudy_backup::image::{AnonymousMemory, Image, Move};
+use understudy_backup::image::{AnonymousMemory, Image};
 use understudy_backup::libvirt::LibvirtPromoter;
 use understudy_backup::promoter::{LocalDomain, Promoter, Standby, StandbySpec};
 use understudy_backup::shared::SharedMemory;
@@ -21,7 +21,7 @@ use understudy_libvirt::{Domain, RunState, XmlFlags, qmp};
 use understudy_proto::epoch::EpochKind::{Delta, Full};
 use understudy_proto::ids::GuestId;
 use understudy_proto::rpc::epoch::{Begin, Seed};
-use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageIndex};
+use understudy_proto::units::PAGE_BYTES;
 
 /// Where no firmware without a boot device writes: 32 MiB.
 const PATTERN_PAGE: u64 = 8192;
