@@ -24,6 +24,8 @@ import time
 import zlib
 
 READY, REPLY, RECEIVED, LOADED = 0, 2, 5, 6
+# The message SHUT of the return path: type 1, four bytes, no error.
+SHUT = struct.pack(">HHI", 1, 4, 0)
 QUIET_SECONDS = 0.5
 STEP_SECONDS = 60
 # Below it lie the VGA window and the firmware's shadow, where an address is not an offset in pc.ram.
@@ -42,14 +44,19 @@ class Qmp:
         self("qmp_capabilities")
 
     def __call__(self, command, **arguments):
+        reply = self.ask(command, **arguments)
+        if "error" in reply:
+            sys.exit(f"{command}: {reply['error']['desc']}")
+        return reply["return"]
+
+    def ask(self, command, **arguments):
+        """The reply as it is, whether it is one or an error."""
         json.dump({"execute": command, "arguments": arguments}, self.lines)
         self.lines.flush()
         while True:
             reply = json.loads(self.lines.readline())
-            if "error" in reply:
-                sys.exit(f"{command}: {reply['error']['desc']}")
-            if "return" in reply:
-                return reply["return"]
+            if "error" in reply or "return" in reply:
+                return reply
 
 
 def retry(action, errors):
@@ -62,6 +69,25 @@ def retry(action, errors):
             if time.monotonic() > end:
                 raise
             time.sleep(0.05)
+
+
+def wait_for(condition):
+    """Waits until `condition()` holds."""
+    end = time.monotonic() + STEP_SECONDS
+    while not condition():
+        if time.monotonic() > end:
+            sys.exit("QEMU does not go on")
+        time.sleep(0.01)
+
+
+def set_capabilities(qmp):
+    """Switches checkpoints on; says whether this QEMU wants a return path for them."""
+    names = ["x-colo"]
+    refused = qmp.ask("migrate-set-capabilities", capabilities=[{"capability": "x-colo", "state": True}])
+    if "return-path" in refused.get("error", {}).get("desc", ""):
+        names.append("return-path")
+    qmp("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in names])
+    return "return-path" in names
 
 
 def read_until_quiet(peer, is_due):
@@ -109,12 +135,17 @@ def record(qmp, folder, arguments):
     listener.listen(1)
     listener.settimeout(STEP_SECONDS)
     memory_bytes = arguments.memory << 20
-    qmp("migrate-set-capabilities", capabilities=[{"capability": "x-colo", "state": True}])
+    return_path = set_capabilities(qmp)
     qmp("migrate-set-parameters", **{"x-checkpoint-delay": 20, "max-bandwidth": 1 << 40})
     qmp("migrate", uri=f"unix:{folder / 'migration'}")
     peer, _ = listener.accept()
-    parts = [read_until_quiet(peer, lambda: qmp("query-migrate").get("status") == "colo")]
+    # With a return path, QEMU waits in `device` until that is shut.
+    waits = "device" if return_path else "colo"
+    parts = [read_until_quiet(peer, lambda: qmp("query-migrate").get("status") == waits)]
     facts = [{"bytes": len(parts[0]), "crc": dump_crc(qmp, folder, memory_bytes)}]
+    if return_path:
+        peer.sendall(SHUT)
+        wait_for(lambda: qmp("query-migrate").get("status") == "colo")
     send(peer, READY)
     for _ in range(arguments.checkpoints):
         request = read_until_quiet(peer, lambda: True)

@@ -48,7 +48,8 @@ pub(crate) struct Part {
     pub(crate) crc: u32,
 }
 
-pub(crate) const RECORDINGS: [&str; 4] = ["qemu-7.2-pc", "qemu-7.2-q35", "qemu-10.0-pc", "qemu-10.0-q35"];
+pub(crate) const RECORDINGS: [&str; 6] =
+    ["qemu-7.2-pc", "qemu-7.2-q35", "qemu-10.0-pc", "qemu-10.0-q35", "qemu-11.1-pc", "qemu-11.1-q35"];
 
 pub(crate) struct Recording {
     pub(crate) known: Known,
