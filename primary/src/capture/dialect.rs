@@ -62,6 +62,16 @@ impl Dialect {
         }
     }
 
+    /// The dialect of a QEMU of this one's version that does or does not want the return path on for COLO. Where the
+    /// change came between 10.0 and 11.1 is not known by version, so QEMU's own word counts.
+    pub(super) fn with_return_path(self, wanted: bool) -> Self {
+        match (self, wanted) {
+            (_, true) => Self::V11,
+            (Self::V11, false) => Self::V10_0,
+            (other, false) => other,
+        }
+    }
+
     /// Whether capability `return-path` must be on; where it must not be, it kills the channel.
     pub(super) fn return_path(self) -> bool {
         matches!(self, Self::V11)
@@ -118,6 +128,14 @@ mod tests {
             "QEMU 10.0.2 cannot be captured: its migration completes instead of entering COLO and leaves the guest \
              stopped; upgrade QEMU to 10.0.7 or newer and restart the guest"
         );
+    }
+
+    #[test]
+    fn what_qemu_says_of_the_return_path_counts_more_than_its_version() {
+        assert_eq!(Dialect::V10_0.with_return_path(true), Dialect::V11);
+        assert_eq!(Dialect::V11.with_return_path(false), Dialect::V10_0);
+        assert_eq!(Dialect::V7_2.with_return_path(false), Dialect::V7_2);
+        assert_eq!(Dialect::V11.with_return_path(true), Dialect::V11);
     }
 
     #[test]

@@ -30,24 +30,41 @@ pub enum Rescue {
     },
 }
 
-/// Ends what a dead predecessor has left in QEMU: COLO, and migration settings (to QEMU's defaults, as what they were
-/// before is not known). To be called before a guest is armed for the first time.
+/// Ends what a dead predecessor has left in QEMU: COLO, a migration of its that was completed instead of entering COLO
+/// (QEMU 10.0.0 to 10.0.6, 10.1) and left the guest stopped, and migration settings (to QEMU's defaults, as what they
+/// were before is not known). To be called before a guest is armed for the first time.
 ///
 /// # Errors
 /// [`CaptureError::Monitor`], or [`CaptureError::Silent`] if QEMU does not leave COLO within 10 s.
 pub fn rescue(monitor: &dyn Monitor) -> Result<Rescue, CaptureError> {
     let error = CaptureError::monitor;
     if qmp::query_colo_mode(monitor).map_err(error(Phase::Exit))? != "primary" {
-        if !qmp::query_yank_has_migration(monitor).map_err(error(Phase::Exit))? {
-            settings::reset(monitor).map_err(error(Phase::Exit))?;
+        if qmp::query_yank_has_migration(monitor).map_err(error(Phase::Exit))? {
+            return Ok(Rescue::NotNeeded);
         }
-        return Ok(Rescue::NotNeeded);
+        let rescue = rescue_completed(monitor).map_err(error(Phase::Exit))?;
+        settings::reset(monitor).map_err(error(Phase::Exit))?;
+        return Ok(rescue);
     }
     let found = qmp::query_status(monitor).map_err(error(Phase::Exit))?;
     warn!(%found, "QEMU is in COLO with a peer that is gone: ending it");
     let now = leave(monitor, None, RESCUE_LIMIT)?;
     settings::reset(monitor).map_err(error(Phase::Exit))?;
     info!(%now, "guest rescued from COLO");
+    Ok(Rescue::Rescued { found, now })
+}
+
+/// A guest that is stopped behind a completed migration runs somewhere else by now, unless the migration was to be a
+/// capture: then its stream went to an agent that is dead, and nobody has loaded it. Only an agent switches COLO on.
+fn rescue_completed(monitor: &dyn Monitor) -> Result<Rescue, MonitorError> {
+    let ours = qmp::query_capabilities(monitor)?.get("x-colo") == Some(&true);
+    let found = qmp::query_status(monitor)?;
+    if !ours || found != RunState::PostMigrate {
+        return Ok(Rescue::NotNeeded);
+    }
+    warn!(%found, "QEMU has completed a capture of a dead agent and stopped the guest: it is let run");
+    qmp::cont(monitor)?;
+    let now = qmp::query_status(monitor)?;
     Ok(Rescue::Rescued { found, now })
 }
 

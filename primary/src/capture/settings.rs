@@ -1,5 +1,7 @@
 //! QEMU's migration capabilities and parameters: set for capture, and put back.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 use understudy_libvirt::{Monitor, MonitorError, qmp};
 
@@ -41,32 +43,32 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Sets what capture needs. What was there before is in `self`, also if it fails half-way.
+    /// Sets what capture needs, and gives the dialect that QEMU turns out to speak: `dialect` is what its version
+    /// says. Whether the return path has to be on for COLO, QEMU alone decides, and a wrong guess leaves the guest
+    /// stopped; so it is asked to do without, and where it refuses, the path is on. What was there before is in `self`,
+    /// also if it fails half-way.
     pub(super) fn apply(
         &mut self,
         monitor: &dyn Monitor,
         dialect: Dialect,
         options: &ColoOptions,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<Dialect, CaptureError> {
         let error = |source| CaptureError::Monitor { phase: Phase::Setup, source };
-        let wanted = |name: &str| match name {
-            "x-colo" | "events" => Some(true),
-            "return-path" => Some(dialect.return_path()),
-            other => OFF.contains(&other).then_some(false),
-        };
         let present = qmp::query_capabilities(monitor).map_err(error)?;
-        let changes: Vec<(&str, bool)> = present
-            .iter()
-            .filter_map(|(name, state)| wanted(name).filter(|w| w != state).map(|w| (name.as_str(), w)))
-            .collect();
         let parameters = monitor.execute("query-migrate-parameters", Value::Null).map_err(error)?;
         for name in [CHECKPOINT_DELAY, MAX_BANDWIDTH, DOWNTIME_LIMIT] {
             if let Some(value) = parameters.get(name) {
                 self.parameters.insert(name.to_owned(), value.clone());
             }
         }
-        if !changes.is_empty() {
+        let mut changes = changes(&present, false);
+        let asked = qmp::set_capabilities(monitor, &changes);
+        let dialect = dialect.with_return_path(asked.as_ref().is_err_and(wants_return_path));
+        if dialect.return_path() {
+            changes = self::changes(&present, true);
             qmp::set_capabilities(monitor, &changes).map_err(error)?;
+        } else {
+            asked.map_err(error)?;
         }
         self.capabilities = changes.into_iter().map(|(name, state)| (name.to_owned(), !state)).collect();
         let parameters = json!({
@@ -74,7 +76,8 @@ impl Settings {
             MAX_BANDWIDTH: options.max_bandwidth_bytes,
             DOWNTIME_LIMIT: millis(options.downtime_limit),
         });
-        qmp::set_parameters(monitor, parameters).map_err(error)
+        qmp::set_parameters(monitor, parameters).map_err(error)?;
+        Ok(dialect)
     }
 
     /// Puts everything back; QEMU must have left COLO. Forgets it only if that worked.
@@ -91,6 +94,24 @@ impl Settings {
         }
         Ok(())
     }
+}
+
+/// The capabilities that are not yet as capture needs them.
+fn changes(present: &BTreeMap<String, bool>, return_path: bool) -> Vec<(&str, bool)> {
+    let wanted = |name: &str| match name {
+        "x-colo" | "events" => Some(true),
+        "return-path" => Some(return_path),
+        other => OFF.contains(&other).then_some(false),
+    };
+    present
+        .iter()
+        .filter_map(|(name, state)| wanted(name).filter(|w| w != state).map(|w| (name.as_str(), w)))
+        .collect()
+}
+
+/// QEMU 11: "Capability 'x-colo' requires capability 'return-path'".
+fn wants_return_path(error: &MonitorError) -> bool {
+    matches!(error, MonitorError::Qmp { desc, .. } if desc.contains("requires capability 'return-path'"))
 }
 
 /// Raises the time for which the guest may be stopped at the end of the full copy.

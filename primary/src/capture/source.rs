@@ -101,7 +101,7 @@ impl ColoSource {
         sink: &mut dyn PageSink,
     ) -> Result<(Armed, Checkpoints), CaptureError> {
         let monitor = self.monitor.as_ref();
-        settings.apply(monitor, dialect, &self.options)?;
+        let dialect = settings.apply(monitor, dialect, &self.options)?;
         let socket = channel::open(monitor, &self.options, &self.interrupter)?;
         // Closed if the rest fails, which ends the migration.
         let mut link = Link::new(socket, self.interrupter.clone());

@@ -60,6 +60,8 @@ pub(super) struct State {
     pub(super) yank: bool,
     pub(super) gone: bool,
     pub(super) fault: Fault,
+    /// COLO needs the return path.
+    pub(super) return_path: bool,
     /// Set by a test's barrier; every LOADED must find it set.
     pub(super) barrier_done: bool,
     /// Breaches of the protocol by the peer.
@@ -86,6 +88,7 @@ impl FakeQemu {
             yank: false,
             gone: false,
             fault,
+            return_path: version.0 >= 11,
             barrier_done: false,
             complaints: Vec::new(),
             given: None,
@@ -141,8 +144,13 @@ impl FakeQemu {
             };
             *slot.1 = entry["state"].as_bool().unwrap();
         }
-        if wanted["x-colo"] && wanted["return-path"] != (state.version.0 >= 11) {
-            return Err(refused("migrate-set-capabilities", "return-path is wrong for x-colo"));
+        if wanted["x-colo"] && wanted["return-path"] != state.return_path {
+            let words = match state.return_path {
+                true => "Capability 'x-colo' requires capability 'return-path'",
+                // A real one takes it, and dies of it.
+                false => "return-path is on",
+            };
+            return Err(refused("migrate-set-capabilities", words));
         }
         if state.yank {
             return Err(refused("migrate-set-capabilities", "There's a migration process in progress"));
@@ -246,7 +254,7 @@ impl Migration {
             state.run_state = "postmigrate";
             return Err(Over);
         }
-        if self.qemu.state().version.0 >= 11 {
+        if self.qemu.state().return_path {
             self.qemu.state().status = Some("device");
             let mut shut = [0; 8];
             self.socket.read_exact(&mut shut).map_err(|_| Over)?;

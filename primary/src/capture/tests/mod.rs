@@ -92,6 +92,17 @@ fn all_dialects_without_a_fault() {
 }
 
 #[test]
+fn the_return_path_is_as_qemu_wants_it_whatever_its_version() {
+    for (version, return_path) in [((10, 2, 0), true), ((11, 0, 0), false)] {
+        let qemu = FakeQemu::new(version, Fault::None);
+        qemu.state().return_path = return_path;
+        let mut source = source(&qemu);
+        capture(&qemu, &mut source).unwrap();
+        check_left_well(&qemu, &mut source, &format!("{version:?} with return path {return_path}"));
+    }
+}
+
+#[test]
 fn late_acknowledgement_is_as_correct() {
     let qemu = FakeQemu::new(V7, Fault::None);
     let options = ColoOptions { acknowledge: Acknowledge::Late, ..options() };
@@ -182,6 +193,20 @@ fn a_migration_that_does_not_enter_colo_is_rescued() {
         assert!(matches!(&error, CaptureError::NotEntered { status: s, .. } if s == status), "{error}");
         assert!(error.to_string().starts_with("QEMU 7.2.22 ended the full copy"), "{error}");
         check_left_well(&qemu, &mut source, status);
+    }
+}
+
+/// Its agent died before it could say `cont`.
+#[test]
+fn a_completed_capture_of_a_dead_agent_is_rescued_and_a_guest_that_moved_away_is_not() {
+    for (colo, wanted) in [(true, "running"), (false, "postmigrate")] {
+        let qemu = FakeQemu::new((10, 0, 2), Fault::None);
+        qemu.state().run_state = "postmigrate";
+        qemu.state().capabilities.insert("x-colo", colo);
+        let rescue = rescue(&qemu).unwrap();
+        assert_eq!(matches!(rescue, Rescue::Rescued { .. }), colo, "{rescue:?}");
+        let state = qemu.state();
+        assert_eq!((state.run_state, state.capabilities["x-colo"]), (wanted, false));
     }
 }
 
