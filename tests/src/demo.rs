@@ -10,6 +10,7 @@ use crate::lab::domain::GuestSpec;
 use crate::lab::guest::Guest;
 use crate::lab::observer::Observer;
 use crate::lab::plan::HostName;
+use crate::lab::roots::Roots;
 use crate::lab::state::LabDir;
 use crate::lab::understudy::{FailoverReport, GuestStatus, Role};
 use crate::lab::{self, Lab};
@@ -47,7 +48,7 @@ impl Findings {
 /// Runs the demo; the exit status tells whether the guest survived.
 pub(crate) fn run(json: Option<&Path>) -> Result<i32> {
     let steps = Steps::start();
-    let lab = lab::cli::booted(LabDir::unique(), LIFETIME, true, false, &steps)?;
+    let lab = lab::cli::booted(LabDir::unique(), Roots::default(), LIFETIME, true, false, &steps)?;
     let result = show(&lab, &steps);
     if let Err(error) = &result {
         eprintln!("{}", lab.agent_logs());

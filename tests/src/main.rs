@@ -37,6 +37,8 @@ enum Command {
         /// In the group lab, only scenarios whose names contain this
         #[arg(long, default_value = "", value_name = "TEXT")]
         scenario: String,
+        #[command(flatten)]
+        root: lab::cli::RootArg,
     },
     /// Runs a test with many more rounds
     Campaign {
@@ -105,7 +107,7 @@ fn as_helper() -> Option<Helper> {
 fn run(command: Command) -> Result<i32> {
     match command {
         Command::Setup => setup::ensure().map(|()| 0),
-        Command::Test { only, scenario } => testing::run(&only, &scenario),
+        Command::Test { only, scenario, root } => testing::run(&only, &scenario, root.roots()),
         Command::Campaign { name } => testing::campaign(name),
         Command::Lab(args) => lab::cli::main(args),
         Command::Demo { json } => {

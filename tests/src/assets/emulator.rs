@@ -86,7 +86,9 @@ impl Emulator {
 
 /// The packages, with lists of apt's own that leave the machine's as they are.
 fn download(work: &Path) -> Result<Vec<PathBuf>> {
-    let site = apt::site(RELEASE)?;
+    let archives = apt::archives()?;
+    let main = archives.iter().find(|archive| archive.release == RELEASE && archive.component == "main");
+    let site = &main.with_context(|| format!("apt has no source of {RELEASE} main"))?.uri;
     let sources = work.join("sources.list");
     fs::write(&sources, format!("deb [signed-by={KEYRING}] {site} {RELEASE}-backports main\n"))?;
     fs::create_dir_all(work.join("lists/partial"))?;

@@ -1,16 +1,20 @@
 //! Everything a lab is made of that is not the machine's own: kernels, initramfs images, the guest program.
 
 pub(crate) mod cpio;
+pub(crate) mod debian13;
 pub(crate) mod emulator;
 pub(crate) mod guest;
 pub(crate) mod initramfs;
 pub(crate) mod kernel;
 pub(crate) mod probe;
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use crate::lab::plan::HostName;
+use crate::lab::roots::{Root, Roots};
 use crate::workspace;
 use emulator::Emulator;
 use initramfs::Recipe;
@@ -27,12 +31,15 @@ pub(crate) struct Assets {
     pub(crate) accelerator: Accelerator,
     /// What the hosts run on.
     pub(crate) emulator: Emulator,
+    /// The trees of hosts that are not rooted in this machine's own system.
+    pub(crate) trees: BTreeMap<HostName, PathBuf>,
 }
 
 impl Assets {
     /// Downloads and builds what is missing.
-    pub(crate) fn ensure() -> Result<Self> {
+    pub(crate) fn ensure(roots: Roots) -> Result<Self> {
         let cache = workspace::lab_cache()?;
+        let trees = trees(&cache, roots)?;
         let host_kernel = Kernel::ensure(&cache, Flavour::Full)?;
         let guest_kernel = Kernel::ensure(&cache, Flavour::Cloud)?;
         let program = guest::build()?;
@@ -62,6 +69,17 @@ impl Assets {
             Accelerator::Tcg => Emulator::steady(&cache),
             Accelerator::Kvm => Emulator::own(),
         };
-        Ok(Self { host_kernel, host_initramfs, guest_kernel, guest_initramfs, accelerator, emulator })
+        Ok(Self { host_kernel, host_initramfs, guest_kernel, guest_initramfs, accelerator, emulator, trees })
     }
+}
+
+fn trees(cache: &Path, roots: Roots) -> Result<BTreeMap<HostName, PathBuf>> {
+    let mut trees = BTreeMap::new();
+    for host in HostName::ALL {
+        match roots.of(host) {
+            Root::Machine => {}
+            Root::Debian13 => drop(trees.insert(host, debian13::ensure(cache)?)),
+        }
+    }
+    Ok(trees)
 }

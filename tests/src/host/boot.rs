@@ -11,6 +11,7 @@ use rustix::mount::MountFlags;
 
 use super::{Progress, exec, service};
 use crate::lab::plan::{GUEST_BRIDGE, HostName, Net};
+use crate::lab::roots::Root;
 use crate::lab::wire::Phase;
 use crate::process;
 
@@ -20,16 +21,20 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// What libvirt found out about QEMU. To find it out takes half a minute in an emulated host, so it is kept
 /// in the shared folder and by the lab's owner; libvirt itself decides whether it still holds.
 const CAPABILITIES: &str = "/var/cache/libvirt/qemu/capabilities";
+/// Where hosts of a root keep the same in the shared folder: it depends on QEMU and libvirt.
+pub(crate) fn probed(root: Root) -> String {
+    format!(".capabilities-{root}")
+}
+
 /// On a tmpfs, so that a backup can keep the memory of its standbys up to date.
 const GUEST_MEMORY: &str = "/dev/shm/libvirt-ram";
-/// The same, in the shared folder.
-pub(crate) const PROBED: &str = ".capabilities";
 
 /// What the kernel command line says.
 struct Identity {
     host: HostName,
     shared: PathBuf,
     modules: PathBuf,
+    root: Root,
 }
 
 impl Identity {
@@ -43,6 +48,7 @@ impl Identity {
             host: value("us.host=")?.parse()?,
             shared: value("us.shared=")?.into(),
             modules: value("us.modules=")?.into(),
+            root: value("us.root=")?.parse()?,
         })
     }
 
@@ -63,7 +69,7 @@ pub(super) fn boot(progress: &Progress) -> Result<()> {
     exec::listen(identity.host.address(Net::Mgmt), progress.clone())?;
     identify(identity.host)?;
     progress.set("libvirt", None);
-    let remembered = identity.shared.join(PROBED);
+    let remembered = identity.shared.join(probed(identity.root));
     copy_files(&remembered, Path::new(CAPABILITIES))?;
     libvirt()?;
     copy_files(Path::new(CAPABILITIES), &remembered)?;
@@ -81,6 +87,8 @@ fn file_systems(identity: &Identity) -> Result<()> {
     for place in ["/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"] {
         mount("tmpfs", place, "tmpfs", "mode=0755")?;
     }
+    // libvirt looks for it once, when it starts.
+    mount("hugetlbfs", "/dev/hugepages", "hugetlbfs", "mode=1777,pagesize=2M")?;
     mount("cgroup2", "/sys/fs/cgroup", "cgroup2", "")?;
     let shared = identity.shared.to_str().context("the shared folder's name is not UTF-8")?;
     mount("lab", shared, "9p", "trans=virtio,version=9p2000.L,msize=524288,cache=none,access=any")?;

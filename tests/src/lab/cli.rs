@@ -12,6 +12,7 @@ use super::domain::GuestSpec;
 use super::guest::Guest;
 use super::plan::{GUEST_PORT, HostName, Link, Net, guest_address};
 use super::remote::{self, Exec};
+use super::roots::Roots;
 use super::state::LabDir;
 use super::{Lab, agents, control, control::Request};
 use crate::testing::Report;
@@ -28,6 +29,20 @@ pub(crate) struct LabArgs {
     command: LabCommand,
 }
 
+/// What the hosts are rooted in.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct RootArg {
+    /// What the hosts are rooted in: machine, debian13, or one each as in alpha=machine,beta=debian13
+    #[arg(long = "root", value_name = "ROOT")]
+    roots: Option<Roots>,
+}
+
+impl RootArg {
+    pub(crate) fn roots(self) -> Roots {
+        self.roots.unwrap_or_default()
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum LabCommand {
     /// Boots the hosts alpha and beta and leaves them running
@@ -38,6 +53,8 @@ enum LabCommand {
         /// Leave the agents out
         #[arg(long)]
         bare: bool,
+        #[command(flatten)]
+        root: RootArg,
     },
     /// What is running
     Status {
@@ -64,6 +81,8 @@ enum LabCommand {
         /// Leave the agents out
         #[arg(long)]
         bare: bool,
+        #[command(flatten)]
+        root: RootArg,
         /// Minutes after which it is killed
         #[arg(long, default_value_t = 30)]
         minutes: u64,
@@ -155,19 +174,19 @@ pub(crate) fn main(args: LabArgs) -> Result<i32> {
         None => LabDir::of_checkout(),
     };
     match args.command {
-        LabCommand::Up { minutes, bare } => up(dir, minutes, bare)?,
+        LabCommand::Up { minutes, bare, root } => up(dir, root.roots(), minutes, bare)?,
         LabCommand::Status { json } => status(&dir, json)?,
         LabCommand::Exec { host, interactive, limit, command } => {
             let exec = Exec::new(command).limit(Duration::from_secs(limit));
             let exec = if interactive { exec.with_input() } else { exec };
             return exec.stream(&dir, host, &mut std::io::stdout(), &mut std::io::stderr());
         }
-        LabCommand::Run { attach, bare, minutes, script, arguments } => {
+        LabCommand::Run { attach, bare, root, minutes, script, arguments } => {
             let limit = Duration::from_secs(minutes * 60);
             let lab = if attach {
                 Lab::attach(dir)
             } else {
-                booted(LabDir::unique(), limit, true, bare, &Steps::start())?
+                booted(LabDir::unique(), root.roots(), limit, true, bare, &Steps::start())?
             };
             let code = run(&lab, &script, &arguments, limit)?;
             if !attach {
@@ -213,6 +232,7 @@ pub(crate) fn main(args: LabArgs) -> Result<i32> {
 /// A lab with both hosts ready.
 pub(crate) fn booted(
     dir: LabDir,
+    roots: Roots,
     lifetime: Duration,
     lifeline: bool,
     bare: bool,
@@ -223,7 +243,7 @@ pub(crate) fn booted(
         agents::build()?;
         steps.say("the agents are built");
     }
-    let lab = Lab::start(dir, lifetime, lifeline)?;
+    let lab = Lab::start(dir, roots, lifetime, lifeline)?;
     if !bare {
         agents::deploy(lab.dir())?;
     }
@@ -231,8 +251,8 @@ pub(crate) fn booted(
     Ok(lab)
 }
 
-fn up(dir: LabDir, minutes: u64, bare: bool) -> Result<()> {
-    let lab = booted(dir, Duration::from_secs(minutes * 60), false, bare, &Steps::start())?;
+fn up(dir: LabDir, roots: Roots, minutes: u64, bare: bool) -> Result<()> {
+    let lab = booted(dir, roots, Duration::from_secs(minutes * 60), false, bare, &Steps::start())?;
     let dir = lab.detach();
     println!(
         "The lab `{}` is up for {minutes} minutes; its files are in {}",
@@ -259,6 +279,7 @@ fn status(dir: &LabDir, as_json: bool) -> Result<()> {
                 "lan": host.address(Net::Lan),
                 "repl": host.address(Net::Repl),
                 "console": dir.console(host),
+                "root": reply.roots.of(host).name(),
             })
         })
         .collect();
@@ -280,10 +301,11 @@ fn status(dir: &LabDir, as_json: bool) -> Result<()> {
         let text = |key: &str| host[key].as_str().unwrap_or("-").to_owned();
         let power = if host["power"] == true { "on" } else { "off" };
         println!(
-            "  {:6} power {power:3}  {:14} {}  {}",
+            "  {:6} power {power:3}  {:14} {}  {:8}  {}",
             text("name"),
             text("phase"),
             text("lan"),
+            text("root"),
             text("failure")
         );
     }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::plan::{HostName, Link};
+use super::roots::Roots;
 use super::state::LabDir;
 
 /// Longer than anything the supervisor does for one request.
@@ -42,6 +43,9 @@ pub(crate) struct Reply {
     pub(crate) ended: BTreeMap<HostName, String>,
     /// The cables that are unplugged.
     pub(crate) cut: Vec<String>,
+    /// What the hosts are rooted in.
+    #[serde(default)]
+    pub(crate) roots: Roots,
     pub(crate) supervisor: u32,
     /// When the lab ends by itself.
     pub(crate) seconds_left: u64,

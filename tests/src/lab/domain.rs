@@ -13,6 +13,10 @@ pub(crate) struct GuestSpec {
     pub(crate) memory_mib: u32,
     /// libvirt's domain type: `kvm`, or `qemu` for TCG.
     pub(crate) kind: String,
+    /// Memory in huge pages, which the host must have reserved.
+    pub(crate) huge_pages: bool,
+    /// libvirt's video model: `none`, `vga`, `cirrus`, ...
+    pub(crate) video: String,
     /// Put in among the devices as it is.
     pub(crate) extra_devices: String,
 }
@@ -25,13 +29,16 @@ impl GuestSpec {
             vcpus: 1,
             memory_mib: 128,
             kind: "kvm".into(),
+            huge_pages: false,
+            video: "none".into(),
             extra_devices: String::new(),
         }
     }
 
-    /// The domain's XML. No USB, no graphics: what this guest has not cannot slow it down.
+    /// The domain's XML. No USB, and no graphics unless asked for: what this guest has not cannot slow it down.
     pub(crate) fn xml(&self, lab: &LabDir) -> String {
-        let Self { name, machine, vcpus, memory_mib, kind, extra_devices } = self;
+        let Self { name, machine, vcpus, memory_mib, kind, huge_pages, video, extra_devices } = self;
+        let backing = if *huge_pages { "<memoryBacking><hugepages/></memoryBacking>" } else { "" };
         let files = lab.shared().join("guest");
         let files = files.display();
         let address = guest_address(name);
@@ -41,6 +48,7 @@ impl GuestSpec {
             "<domain type='{kind}'>
   <name>{name}</name>
   <memory unit='MiB'>{memory_mib}</memory>
+  {backing}
   <vcpu>{vcpus}</vcpu>
   <os>
     <type arch='x86_64' machine='{machine}'>hvm</type>
@@ -54,6 +62,7 @@ impl GuestSpec {
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     <controller type='usb' model='none'/>
+    <video><model type='{video}'/></video>
     <serial type='file'><source path='/run/lab/{name}.serial' append='on'/></serial>
     <memballoon model='none'/>
     <interface type='bridge'>

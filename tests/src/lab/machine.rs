@@ -1,6 +1,8 @@
 //! One lab host as a QEMU process.
 
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -8,6 +10,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::plan::{HostName, Net};
+use super::roots::Roots;
 use super::state::LabDir;
 use crate::assets::emulator::Emulator;
 use crate::assets::probe::Accelerator;
@@ -16,12 +19,15 @@ use crate::process;
 /// What the supervisor needs to know to start a host; a part of [`super::supervisor::Order`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Hardware {
-    pub(crate) kernel: std::path::PathBuf,
-    pub(crate) initramfs: std::path::PathBuf,
-    pub(crate) modules: std::path::PathBuf,
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    pub(crate) modules: PathBuf,
     pub(crate) accelerator: Accelerator,
     pub(crate) emulator: Emulator,
     pub(crate) memory_mib: u32,
+    pub(crate) roots: Roots,
+    /// The trees of hosts that are not rooted in this machine's own system.
+    pub(crate) trees: BTreeMap<HostName, PathBuf>,
 }
 
 /// A host that has power.
@@ -41,7 +47,8 @@ impl Machine {
             qemu.arg("-L").arg(folder);
         }
         let cpu = match hardware.accelerator {
-            Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,svm=on"],
+            // Five-level page tables would only make every walk of the emulated KVM longer.
+            Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,svm=on,la57=off"],
             Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
         };
         qemu.args(["-name", host.name(), "-M", "q35"]).args(cpu);
@@ -52,7 +59,11 @@ impl Machine {
         qemu.arg("-kernel").arg(&hardware.kernel).arg("-initrd").arg(&hardware.initramfs);
         qemu.args(["-append", &command_line(lab, host, hardware)]);
         // `remap`: the tree may span several file systems of this machine.
-        qemu.args(["-virtfs", "local,path=/,mount_tag=root,security_model=none,multidevs=remap,readonly=on"]);
+        let root = hardware.trees.get(&host).map_or(Path::new("/"), PathBuf::as_path);
+        qemu.args(["-virtfs", &read_only(root, "root")]);
+        for (tag, path) in hardware.lent(lab, host) {
+            qemu.args(["-virtfs", &read_only(&path, tag)]);
+        }
         let shared = lab.shared();
         qemu.args(["-virtfs", &format!("local,path={},mount_tag=lab,security_model=none", shared.display())]);
         qemu.args([
@@ -87,9 +98,28 @@ impl Machine {
     }
 }
 
+impl Hardware {
+    /// What a host whose root is not this machine's finds at the same path as here.
+    fn lent(&self, lab: &LabDir, host: HostName) -> Vec<(&'static str, PathBuf)> {
+        if !self.trees.contains_key(&host) {
+            return Vec::new();
+        }
+        let helper = lab.helper().parent().map(Path::to_owned).unwrap_or_default();
+        vec![("helper", helper), ("modules", self.modules.clone())]
+    }
+}
+
+fn read_only(path: &Path, tag: &str) -> String {
+    format!("local,path={},mount_tag={tag},security_model=none,multidevs=remap,readonly=on", path.display())
+}
+
 fn command_line(lab: &LabDir, host: HostName, hardware: &Hardware) -> String {
+    let lent: Vec<String> =
+        hardware.lent(lab, host).iter().map(|(tag, path)| format!("{tag}:{}", path.display())).collect();
     format!(
-        "console=ttyS0 quiet panic=-1 us.host={host} us.first={} us.shared={} us.modules={}",
+        "console=ttyS0 quiet panic=-1 us.host={host} us.root={} us.lent={} us.first={} us.shared={} us.modules={}",
+        hardware.roots.of(host),
+        lent.join(","),
         lab.helper().display(),
         lab.shared().display(),
         hardware.modules.display(),

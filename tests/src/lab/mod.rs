@@ -10,6 +10,7 @@ pub(crate) mod network;
 pub(crate) mod observer;
 pub(crate) mod plan;
 pub(crate) mod remote;
+pub(crate) mod roots;
 pub(crate) mod state;
 pub(crate) mod supervisor;
 pub(crate) mod understudy;
@@ -23,13 +24,14 @@ use anyhow::{Context, Result, bail};
 
 use crate::assets::Assets;
 use crate::assets::probe::Accelerator;
-use crate::host::boot::{PROBED, copy_files};
+use crate::host::boot::{copy_files, probed};
 use crate::ui::Steps;
 use crate::{process, setup, workspace};
 use control::{Reply, Request};
 use machine::Hardware;
 use plan::{HostName, Link};
 use remote::{Exec, Outcome};
+use roots::{Root, Roots};
 use state::LabDir;
 use supervisor::Order;
 
@@ -49,7 +51,7 @@ pub(crate) struct Lab {
 
 impl Lab {
     /// Sets the machine up and starts a lab that is ours alone; its hosts still have no power.
-    pub(crate) fn start(dir: LabDir, lifetime: Duration, lifeline: bool) -> Result<Self> {
+    pub(crate) fn start(dir: LabDir, roots: Roots, lifetime: Duration, lifeline: bool) -> Result<Self> {
         process::ensure_root()?;
         setup::ensure()?;
         LabDir::clean_stale()?;
@@ -57,7 +59,7 @@ impl Lab {
             bail!("the lab `{}` is already running: `cargo xtask lab down` ends it", dir.name());
         }
         dir.clean()?;
-        let assets = Assets::ensure()?;
+        let assets = Assets::ensure(roots)?;
         fs::create_dir_all(dir.shared())?;
         for (from, to) in
             [(assets.guest_kernel.image(), "vmlinuz"), (assets.guest_initramfs.clone(), "initramfs.img")]
@@ -66,7 +68,10 @@ impl Lab {
             fs::create_dir_all(&folder)?;
             fs::copy(&from, folder.join(to)).with_context(|| format!("cannot copy {}", from.display()))?;
         }
-        copy_files(&probed_cache()?, &dir.shared().join(PROBED))?;
+        for host in HostName::ALL {
+            let root = roots.of(host);
+            copy_files(&probed_cache(root)?, &dir.shared().join(probed(root)))?;
+        }
         let hardware = Hardware {
             kernel: assets.host_kernel.image(),
             initramfs: assets.host_initramfs.clone(),
@@ -74,6 +79,8 @@ impl Lab {
             accelerator: assets.accelerator,
             emulator: assets.emulator,
             memory_mib: HOST_MEMORY_MIB,
+            roots,
+            trees: assets.trees,
         };
         if hardware.accelerator == Accelerator::Tcg {
             eprintln!(
@@ -124,6 +131,11 @@ impl Lab {
         control::ask(&self.dir, request)
     }
 
+    /// What the hosts are rooted in.
+    pub(crate) fn roots(&self) -> Result<Roots> {
+        self.ask(&Request::Status).map(|reply| reply.roots)
+    }
+
     pub(crate) fn power_on(&self, host: HostName) -> Result<()> {
         self.ask(&Request::PowerOn(host)).map(drop)
     }
@@ -148,7 +160,11 @@ impl Lab {
         for host in HostName::ALL {
             self.wait_ready(host, steps)?;
         }
-        copy_files(&self.dir.shared().join(PROBED), &probed_cache()?)
+        let roots = self.roots()?;
+        HostName::ALL
+            .into_iter()
+            .map(|host| roots.of(host))
+            .try_for_each(|root| copy_files(&self.dir.shared().join(probed(root)), &probed_cache(root)?))
     }
 
     /// Switches a host on if it is off, and waits until it is ready.
@@ -265,8 +281,8 @@ impl Lab {
 }
 
 /// Where the hosts' libvirt finds next time what it has found out about QEMU.
-fn probed_cache() -> Result<std::path::PathBuf> {
-    Ok(workspace::lab_cache()?.join("libvirt-capabilities"))
+fn probed_cache(root: Root) -> Result<std::path::PathBuf> {
+    Ok(workspace::lab_cache()?.join(format!("libvirt-capabilities-{root}")))
 }
 
 impl Drop for Lab {

@@ -201,6 +201,7 @@ impl Supervisor {
             powered: self.machines.iter().map(|(host, machine)| (*host, machine.pid())).collect(),
             ended: self.ended.clone(),
             cut: self.cut.iter().map(Link::to_string).collect(),
+            roots: self.order.hardware.roots,
             supervisor: std::process::id(),
             seconds_left: self.end.saturating_duration_since(Instant::now()).as_secs(),
         }

@@ -6,6 +6,7 @@ mod failover;
 mod lifecycle;
 mod random;
 mod refusals;
+mod versions;
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -16,12 +17,15 @@ use crate::lab::domain::GuestSpec;
 use crate::lab::guest::Guest;
 use crate::lab::plan::{HostName, Link, Net};
 use crate::lab::remote::Exec;
+use crate::lab::roots::Roots;
 use crate::lab::state::LabDir;
 use crate::lab::understudy::Role;
 use crate::lab::{self, Lab};
 use crate::process;
 use crate::testing::{self, Report};
 use crate::ui::Steps;
+
+pub(crate) use versions::VERSIONS;
 
 /// All scenarios together take less.
 const LIFETIME: Duration = Duration::from_secs(3600);
@@ -72,17 +76,17 @@ fn reboot(lab: &Lab, boot: &str) -> Result<String> {
 }
 
 /// Boots a lab and runs them all. In CI none is ever skipped.
-pub(crate) fn run(report: &mut Report, pattern: &str) -> Result<()> {
+pub(crate) fn run(report: &mut Report, pattern: &str, roots: Roots) -> Result<()> {
     let root = rustix::process::geteuid().is_root();
     if !root && !testing::in_ci() && process::find_program("sudo").is_none() {
         report.skip("lab", "it needs root for network namespaces and taps, and there is no sudo");
         return Ok(());
     }
     if !root {
-        return as_root(report, pattern);
+        return as_root(report, pattern, roots);
     }
     let started = Instant::now();
-    let lab = lab::cli::booted(LabDir::unique(), LIFETIME, true, false, &Steps::start())?;
+    let lab = lab::cli::booted(LabDir::unique(), roots, LIFETIME, true, false, &Steps::start())?;
     println!("  lab is up after {:.1} s", started.elapsed().as_secs_f64());
     play(&lab, report, pattern);
     lab.down()
@@ -90,7 +94,10 @@ pub(crate) fn run(report: &mut Report, pattern: &str) -> Result<()> {
 
 /// Runs the scenarios whose names contain `pattern`, in a lab that is up.
 pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
-    for (name, scenario) in SCENARIOS.iter().copied().flatten().filter(|(name, _)| name.contains(pattern)) {
+    let roots = lab.roots().unwrap_or_default();
+    let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
+    let all = SCENARIOS.iter().copied().flatten().chain(versions);
+    for (name, scenario) in all.filter(|(name, _)| name.contains(pattern)) {
         report.test(name, || repeated(lab, *scenario));
     }
 }
@@ -120,11 +127,12 @@ fn play_once(lab: &Lab, scenario: fn(&Lab) -> Result<()>) -> Result<()> {
 }
 
 /// The lab needs root; what cargo builds should stay the user's.
-fn as_root(report: &mut Report, pattern: &str) -> Result<()> {
+fn as_root(report: &mut Report, pattern: &str, roots: Roots) -> Result<()> {
     lab::agents::build()?;
     let us = std::env::current_exe()?;
     let mut command = Command::new("sudo");
     command.arg(process::PRESERVED).arg(us).args(["test", "--only", "lab", "--scenario", pattern]);
+    command.args(["--root", &roots.to_string()]);
     let output = process::output(&mut command, LIFETIME)?;
     let said = String::from_utf8_lossy(&output.stdout);
     println!("{}{}", said.trim_end(), String::from_utf8_lossy(&output.stderr).trim_end());

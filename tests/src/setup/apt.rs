@@ -42,14 +42,59 @@ pub(crate) fn update() -> Result<()> {
     process::checked(privileged("apt-get").args(["update", "--quiet"]), LIMIT).map(drop)
 }
 
-/// Where this machine gets the main archive of a release from.
-pub(crate) fn site(release: &str) -> Result<String> {
-    let mut command = Command::new("apt-get");
-    command.args(["indextargets", "--format", "$(SITE) $(RELEASE) $(COMPONENT)", "Created-By: Packages"]);
-    let targets = process::checked(&mut command, LIMIT)?;
-    let wanted = |line: &&str| line.split_whitespace().skip(1).eq([release, "main"]);
-    let found = targets.lines().find(wanted).and_then(|line| line.split_whitespace().next());
-    found.map(str::to_owned).with_context(|| format!("apt has no source of {release} main"))
+/// A part of an archive that apt knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Archive {
+    /// Who makes it, for example `Debian`.
+    pub(crate) origin: String,
+    pub(crate) uri: String,
+    /// For example `bookworm-updates`.
+    pub(crate) release: String,
+    /// For example `main`.
+    pub(crate) component: String,
+}
+
+/// Where the machine's packages come from, in whatever form its administrator wrote that down.
+pub(crate) fn archives() -> Result<Vec<Archive>> {
+    const FORMAT: &str = "$(ORIGIN)\t$(REPO_URI)\t$(RELEASE)\t$(COMPONENT)";
+    let list = || {
+        let mut command = Command::new("apt-get");
+        command.args(["indextargets", "--format", FORMAT, "Created-By: Packages"]);
+        process::checked(&mut command, Duration::from_secs(60)).map(|text| parse_archives(&text))
+    };
+    let known = list()?;
+    // Who makes an archive is told by its list, which a fresh machine does not have yet.
+    if known.iter().any(|archive| archive.origin == "Debian") {
+        return Ok(known);
+    }
+    update()?;
+    list()
+}
+
+fn parse_archives(text: &str) -> Vec<Archive> {
+    let parse = |line: &str| {
+        let mut fields = line.split('\t').map(str::to_owned);
+        Some(Archive {
+            origin: fields.next()?,
+            uri: fields.next()?,
+            release: fields.next()?,
+            component: fields.next()?,
+        })
+    };
+    text.lines().filter_map(parse).collect()
+}
+
+/// How the machine's apt fetches packages (proxies, checks of dates, ...), as lines of its configuration.
+pub(crate) fn options() -> Result<Vec<String>> {
+    let text = process::checked(Command::new("apt-config").arg("dump"), Duration::from_secs(60))?;
+    Ok(fetch_options(&text))
+}
+
+fn fetch_options(dump: &str) -> Vec<String> {
+    const OURS: [&str; 5] =
+        ["Acquire::Check-", "Acquire::Force", "Acquire::Retries", "Acquire::http", "Acquire::ftp"];
+    let fetch = |line: &&str| OURS.iter().any(|start| line.starts_with(start)) && !line.ends_with(" \"\";");
+    dump.lines().filter(fetch).map(str::to_owned).collect()
 }
 
 /// What apt would do for `packages`: all it installs, and all it removes.
@@ -126,6 +171,25 @@ mod tests {
         let plan = Plan::parse(text);
         assert_eq!(plan.installs, ["qemu-system-x86", "seabios"]);
         assert_eq!(plan.removes, ["qemu-utils"]);
+    }
+
+    #[test]
+    fn archives_are_read_and_an_incomplete_line_is_not() {
+        let text = "Debian\thttp://m/debian/\tbookworm\tmain\n\thttp://n/\tx\tmain\nbroken\n";
+        let archives = parse_archives(text);
+        assert_eq!(archives.len(), 2);
+        assert_eq!(archives[0].release, "bookworm");
+        assert_eq!(archives[1].origin, "");
+    }
+
+    #[test]
+    fn only_what_concerns_fetching_is_handed_on() {
+        let dump = "APT::Architecture \"amd64\";\nAcquire::Check-Date \"false\";\nAcquire::http \"\";\n\
+            Acquire::http::Proxy \"http://p:1/\";\nAcquire::Languages:: \"none\";\n";
+        assert_eq!(
+            fetch_options(dump),
+            ["Acquire::Check-Date \"false\";", "Acquire::http::Proxy \"http://p:1/\";"]
+        );
     }
 
     #[test]

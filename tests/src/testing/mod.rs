@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use clap::ValueEnum;
 
+use crate::lab::roots::{Root, Roots};
 use crate::setup;
 
 /// A part of the tests that can be run alone.
@@ -31,13 +32,13 @@ pub(crate) enum Group {
 impl Group {
     const ALL: [Self; 5] = [Self::Architecture, Self::Unit, Self::Microvm, Self::Deny, Self::Lab];
 
-    fn run(self, report: &mut Report, scenario: &str) -> Result<()> {
+    fn run(self, report: &mut Report, scenario: &str, roots: Roots) -> Result<()> {
         match self {
             Self::Unit => cargo::unit(report),
             Self::Architecture => architecture::check(report),
             Self::Microvm => microvm::run(report, microvm::TEST_CYCLES),
             Self::Deny => cargo::deny(report),
-            Self::Lab => crate::scenarios::run(report, scenario),
+            Self::Lab => crate::scenarios::run(report, scenario, roots),
         }
     }
 }
@@ -61,6 +62,8 @@ pub(crate) enum Campaign {
     Microvm,
     /// A thousand deaths of an agent under checkpointing, each survived by the guest within the supervisor's bound
     Supervisor,
+    /// The lab's scenarios on hosts of Debian 13, then failovers between those and hosts of this machine's own system
+    Debian13,
 }
 
 /// Runs a campaign; the exit status tells whether all is well.
@@ -70,6 +73,10 @@ pub(crate) fn campaign(name: Campaign) -> Result<i32> {
     match name {
         Campaign::Microvm => microvm::run(&mut report, microvm::CAMPAIGN_CYCLES)?,
         Campaign::Supervisor => supervisor::run(&mut report, supervisor::CAMPAIGN_DEATHS)?,
+        Campaign::Debian13 => {
+            crate::scenarios::run(&mut report, "", Roots::both(Root::Debian13))?;
+            crate::scenarios::run(&mut report, crate::scenarios::VERSIONS, Roots::mixed())?;
+        }
     }
     Ok(report.close())
 }
@@ -131,7 +138,7 @@ pub(crate) fn in_ci() -> bool {
 }
 
 /// Runs groups, all when none is named; the exit status tells whether all is well.
-pub(crate) fn run(only: &[Group], scenario: &str) -> Result<i32> {
+pub(crate) fn run(only: &[Group], scenario: &str, roots: Roots) -> Result<i32> {
     setup::ensure()?;
     let groups = Group::ALL.into_iter().filter(|group| only.is_empty() || only.contains(group));
     let mut report = Report::default();
@@ -139,7 +146,7 @@ pub(crate) fn run(only: &[Group], scenario: &str) -> Result<i32> {
     for group in groups {
         println!("group {group}");
         let started = Instant::now();
-        if let Err(error) = group.run(&mut report, scenario) {
+        if let Err(error) = group.run(&mut report, scenario, roots) {
             report.fail(&format!("group {group}"), &format!("{error:#}"));
         }
         times.push((group, started.elapsed()));
