@@ -36,6 +36,10 @@ def seeds():
     yield "checkpoint", "valid", 2 * (b"\0\0\0\x01\0\0\0\x03\x08\0\x0b\0\0" + last + b"\0" + device)
     raw = struct.pack("<QHHI", 3, 0, 1, 4096) + b"\x07" * 4096
     yield "frame", "valid", struct.pack("<QHHI", 15, 1, 0, 0) + raw
+    edits = b"\0\x04head" + b"\x80\x01\x21" + b"\x08" * 33 + b"\x40\x80\x02" + b"\x09" * 256
+    yield "xbzrle", "valid", b"\x07" + edits
+    yield "xbzrle", "whole", b"\x07\0\x80\x20" + bytes(range(256)) * 16
+    yield "xbzrle", "outside", b"\x07\xff\x1f\x02\1\1"
     yield "round_trip", "valid", b"\0\0\x03\x05\0\0\x04\0\x01\0\x01\x06\x01\0\0\x07device"
     for recording in sorted((HERE / "../testdata/streams").glob("*.stream.gz")):
         yield "precopy", recording.name.split(".stream")[0], gzip.decompress(recording.read_bytes())[:2048]

@@ -12,7 +12,8 @@ use crate::{process, workspace};
 
 /// What a crate may depend on within the workspace. Everything points to `proto`, nothing back.
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("understudy-proto", &[]),
+    ("xbzrle", &[]),
+    ("understudy-proto", &["xbzrle"]),
     ("understudy-libvirt", &["understudy-proto"]),
     ("understudy-primary", &["understudy-proto", "understudy-libvirt"]),
     ("understudy-backup", &["understudy-proto", "understudy-libvirt"]),
