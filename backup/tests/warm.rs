@@ -28,11 +28,11 @@ const PATTERN_PAGE: u64 = 8192;
 const PATTERN_PAGES: u64 = 1024;
 
 /// A guest whose firmware says on a debug port what it does.
-fn guest_xml(mib: u64, log: &Path) -> String {
+fn guest_xml(machine: &str, mib: u64, log: &Path) -> String {
     format!(
         "<domain type='qemu' xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'><name>web</name>
          <memory unit='MiB'>{mib}</memory><vcpu>1</vcpu>
-         <os><type arch='x86_64' machine='pc'>hvm</type></os><features><acpi/></features>
+         <os><type arch='x86_64' machine='{machine}'>hvm</type></os><features><acpi/></features>
          <devices><emulator>/usr/bin/qemu-system-x86_64</emulator><memballoon model='none'/>
            <video><model type='vga'/></video></devices>
          <q:commandline><q:arg value='-chardev'/><q:arg value='file,id=fw,append=on,path={}'/>
@@ -172,6 +172,15 @@ fn virsh(uri: &str, arguments: &[&str]) {
 
 #[test]
 fn a_warm_standby_takes_over_reboots_and_is_saved() {
+    takes_over("pc");
+}
+
+#[test]
+fn and_so_does_one_of_q35() {
+    takes_over("q35");
+}
+
+fn takes_over(machine: &str) {
     if let Some(reason) = missing() {
         println!("skipped: {reason}");
         return;
@@ -181,7 +190,7 @@ fn a_warm_standby_takes_over_reboots_and_is_saved() {
     let dir = daemon.dir.path().to_owned();
     let log = dir.join("firmware.log");
     let promoter = LibvirtPromoter::new(daemon.uri(), &dir, true);
-    let domain = connection.create_paused(&guest_xml(128, &log)).unwrap();
+    let domain = connection.create_paused(&guest_xml(machine, 128, &log)).unwrap();
     let guest = GuestId(domain.uuid());
     domain.resume().unwrap();
     wait_until("the firmware starts", || boots(&log) == 1);
@@ -257,7 +266,7 @@ fn what_cannot_be_warm_is_cold_and_says_why() {
     let mut daemon = Libvirtd::start_in(dir);
     let connection = daemon.connect();
     let promoter = LibvirtPromoter::new(daemon.uri(), daemon.dir.path(), true);
-    let domain = connection.create_paused(&guest_xml(64, &daemon.dir.path().join("log"))).unwrap();
+    let domain = connection.create_paused(&guest_xml("pc", 64, &daemon.dir.path().join("log"))).unwrap();
     let guest = GuestId(domain.uuid());
     let image = Arc::new(capture(&domain));
     domain.destroy().unwrap();

@@ -37,6 +37,8 @@ pub(crate) enum Request {
 pub(crate) struct Reply {
     /// Why the wish was not fulfilled.
     pub(crate) error: Option<String>,
+    /// Whether the hosts are emulated.
+    pub(crate) emulated: bool,
     /// The hosts that have power, with the process that is them.
     pub(crate) powered: BTreeMap<HostName, u32>,
     /// How hosts ended that were not switched off.

@@ -46,7 +46,7 @@ impl Guest {
             });
             match attempt {
                 Ok(guest) => {
-                    guest.limit(Duration::from_secs(10))?;
+                    guest.limit(Duration::from_secs(30))?;
                     return Ok(guest);
                 }
                 Err(error) if Instant::now() >= end => {

@@ -136,6 +136,11 @@ impl Lab {
         self.ask(&Request::Status).map(|reply| reply.roots)
     }
 
+    /// Whether the hosts' processors are emulated.
+    pub(crate) fn is_emulated(&self) -> Result<bool> {
+        self.ask(&Request::Status).map(|reply| reply.emulated)
+    }
+
     pub(crate) fn power_on(&self, host: HostName) -> Result<()> {
         self.ask(&Request::PowerOn(host)).map(drop)
     }

@@ -17,6 +17,7 @@ use super::machine::{Hardware, Machine};
 use super::network;
 use super::plan::{HostName, Link};
 use super::state::LabDir;
+use crate::assets::probe::Accelerator;
 use crate::process;
 
 /// How often children that ended by themselves are noticed.
@@ -198,6 +199,7 @@ impl Supervisor {
     fn reply(&self, error: Option<String>) -> Reply {
         Reply {
             error,
+            emulated: self.order.hardware.accelerator == Accelerator::Tcg,
             powered: self.machines.iter().map(|(host, machine)| (*host, machine.pid())).collect(),
             ended: self.ended.clone(),
             cut: self.cut.iter().map(Link::to_string).collect(),

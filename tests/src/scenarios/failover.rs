@@ -20,7 +20,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 ];
 
 /// A guest that has not answered by then is dead.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// What a backup says of a standby whose memory is up to date.
 const WARM: &str = "ready: warm";

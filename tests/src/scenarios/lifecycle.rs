@@ -27,7 +27,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     ("lifecycle: a reboot is followed", reboot),
 ];
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 fn protected(lab: &Lab) -> Result<Guest> {
     let mut guest = start_shaped(lab, Alpha, SHAPES[0])?;
