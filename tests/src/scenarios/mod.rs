@@ -35,7 +35,7 @@ const LIFETIME: Duration = Duration::from_secs(3600);
 const ATTEMPTS: u32 = 3;
 
 /// How many repetitions a whole run may have.
-const REPEATS: u32 = 4;
+const REPEATS: u32 = 6;
 
 /// A name, and what must not fail.
 type Scenario = (&'static str, fn(&Lab) -> Result<()>);

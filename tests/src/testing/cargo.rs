@@ -109,7 +109,7 @@ pub(super) fn tests(report: &mut Report, what: &str, command: &mut Command) -> R
         report.skip(name, "ignored in the source");
     }
     for name in &counts.failed {
-        report.fail(name, "");
+        report.fail(name, own_words(&text, name));
     }
     if !output.status.success() {
         if counts.failed.is_empty() {
@@ -126,6 +126,13 @@ fn said(output: &std::process::Output) -> String {
     let interesting = |line: &&str| !line.ends_with("... ok") && !line.trim_start().starts_with("Compiling");
     let lines: Vec<&str> = both.iter().flat_map(|text| text.lines()).filter(interesting).collect();
     lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
+}
+
+/// What libtest shows of a test that failed.
+fn own_words<'a>(text: &'a str, name: &str) -> &'a str {
+    let Some((_, block)) = text.split_once(&format!("---- {name} stdout ----\n")) else { return "" };
+    let end = ["\n---- ", "\nfailures:\n"].iter().filter_map(|end| block.find(end)).min();
+    block[..end.unwrap_or(block.len())].trim_end()
 }
 
 /// What libtest printed.
@@ -165,5 +172,14 @@ mod tests {
             test e ... ignored, slow\ntest result: FAILED. 2 passed; 1 failed; 1 ignored;\n";
         let counts = Counts::parse(text);
         assert_eq!((counts.passed, counts.failed, counts.ignored), (2, vec!["d".into()], vec!["e".into()]));
+    }
+
+    #[test]
+    fn a_failed_test_speaks_for_itself() {
+        let text = "failures:\n\n---- a::b stdout ----\nleft: 1\nright: 2\n\n---- d stdout ----\nother\n\n\nfailures:\n    a::b\n";
+        assert_eq!(
+            (own_words(text, "a::b"), own_words(text, "d"), own_words(text, "e")),
+            ("left: 1\nright: 2", "other", "")
+        );
     }
 }
