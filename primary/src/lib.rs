@@ -6,6 +6,7 @@ pub mod capture;
 pub mod config;
 #[cfg(feature = "test-hooks")]
 pub mod dump;
+pub mod egress;
 pub mod engine;
 #[cfg(feature = "test-hooks")]
 pub mod hooks;
@@ -14,5 +15,4 @@ pub mod protect;
 pub mod replicate;
 pub mod state_file;
 pub mod stats;
-#[cfg(target_arch = "x86_64")]
 mod sys;

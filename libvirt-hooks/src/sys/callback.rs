@@ -303,10 +303,10 @@ mod tests {
     fn details_have_libvirts_numbers() {
         let check = |kind, number: u32, name| assert_eq!(detail_name(kind, number.cast_signed()), name);
         check(Lifecycle::Stopped, virt_sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED, "destroyed");
-        check(Lifecycle::Stopped, virt_sys::VIR_DOMAIN_EVENT_STOPPED_RECREATED, "recreated");
-        check(Lifecycle::Suspended, virt_sys::VIR_DOMAIN_EVENT_SUSPENDED_GUEST_SHUTDOWN, "guest-shutdown");
+        check(Lifecycle::Stopped, virt_sys::VIR_DOMAIN_EVENT_STOPPED_FROM_SNAPSHOT, "from-snapshot");
+        check(Lifecycle::Suspended, virt_sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR, "ioerror");
         check(Lifecycle::Resumed, virt_sys::VIR_DOMAIN_EVENT_RESUMED_POSTCOPY_FAILED, "postcopy-failed");
-        check(Lifecycle::Started, virt_sys::VIR_DOMAIN_EVENT_STARTED_RECREATED, "recreated");
+        check(Lifecycle::Started, virt_sys::VIR_DOMAIN_EVENT_STARTED_WAKEUP, "wakeup");
         check(Lifecycle::Shutdown, virt_sys::VIR_DOMAIN_EVENT_SHUTDOWN_HOST, "host");
         assert_eq!(detail_name(Lifecycle::Crashed, 17), "17");
         assert_eq!(detail_name(Lifecycle::Other(40), -1), "-1");

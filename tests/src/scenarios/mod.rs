@@ -4,6 +4,7 @@ mod basics;
 mod exactness;
 mod failover;
 mod lifecycle;
+mod output;
 mod random;
 mod refusals;
 mod versions;
@@ -47,6 +48,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     lifecycle::SCENARIOS,
     exactness::SCENARIOS,
     failover::SCENARIOS,
+    output::SCENARIOS,
 ];
 
 /// How long a guest may take until it answers.

@@ -1,0 +1,69 @@
+//! A socket that hears what comes into a network device.
+
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// `PACKET_IGNORE_OUTGOING` of linux/if_packet.h.
+const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
+
+/// Raised by the kernel to its least, which one frame fills.
+const ROOM_BYTES: usize = 1;
+
+/// A socket that becomes readable when a frame comes in from the other side of a device: for a tap, from its guest.
+///
+/// # Errors
+/// The system's, for example because there is no such device.
+pub(crate) fn frames_of(index: u32) -> io::Result<OwnedFd> {
+    // Protocol 0 hears nothing until the socket is bound to its device.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::PACKET, SocketType::RAW, flags, None)?;
+    sockopt::set_socket_recv_buffer_size(&socket, ROOM_BYTES)?;
+    let on: libc::c_int = 1;
+    let length = |bytes: usize| libc::socklen_t::try_from(bytes).unwrap_or(0);
+    // SAFETY: the descriptor is open, and the option's value is an int of the length given, read during the call.
+    let status = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            PACKET_IGNORE_OUTGOING,
+            (&raw const on).cast(),
+            length(size_of::<libc::c_int>()),
+        )
+    };
+    if status != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let every_protocol = u16::try_from(libc::ETH_P_ALL).unwrap_or(3).to_be();
+    let address = libc::sockaddr_ll {
+        sll_family: u16::try_from(libc::AF_PACKET).unwrap_or(17),
+        sll_protocol: every_protocol,
+        sll_ifindex: index.cast_signed(),
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: the descriptor is open, and the address is a complete sockaddr_ll of the length given, read during the call.
+    let status = unsafe {
+        libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length(size_of::<libc::sockaddr_ll>()))
+    };
+    if status != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(socket)
+}
+
+/// A descriptor whose readability a task can wait for.
+///
+/// # Errors
+/// Outside of a runtime, or the system's.
+pub(crate) fn watched(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned by the result and stays open, and the same, until that is dropped.
+    let watched = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };
+    watched.map_err(|error| error.into_parts().1)
+}
