@@ -12,8 +12,8 @@ use crate::lab::plan::HostName;
 use crate::lab::understudy::Role;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    ("failover: i440fx, one vCPU: five power cuts in turn", |lab| chain(lab, SHAPES[0], 5)),
-    ("failover: i440fx, two vCPUs: two power cuts in turn", |lab| chain(lab, SHAPES[1], 2)),
+    ("failover: i440fx, one vCPU: three power cuts in turn", |lab| chain(lab, SHAPES[0], 3)),
+    ("failover: i440fx, two vCPUs: one power cut", |lab| chain(lab, SHAPES[1], 1)),
     ("failover: q35, one vCPU: one power cut", |lab| chain(lab, SHAPES[2], 1)),
     ("failover: q35, two vCPUs: one power cut", |lab| chain(lab, SHAPES[3], 1)),
     ("failover: a standby whose memory is loaded at the promotion", cold),

@@ -36,7 +36,7 @@ const LIFETIME: Duration = Duration::from_secs(3600);
 const ATTEMPTS: u32 = 3;
 
 /// How many repetitions a whole run may have.
-const REPEATS: u32 = 6;
+const REPEATS: u32 = 10;
 
 /// A name, and what must not fail.
 type Scenario = (&'static str, fn(&Lab) -> Result<()>);
@@ -102,7 +102,8 @@ pub(crate) fn run(report: &mut Report, pattern: &str, roots: Roots) -> Result<()
 pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     let roots = lab.roots().unwrap_or_default();
     let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
-    let all = SCENARIOS.iter().copied().flatten().chain(versions);
+    let variants = exactness::ON_REQUEST.iter().filter(|_| !pattern.is_empty() || roots != Roots::default());
+    let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions);
     let repeats = Cell::new(0);
     for (name, scenario) in all.filter(|(name, _)| name.contains(pattern)) {
         report.test(name, || repeated(lab, &repeats, *scenario));
