@@ -1,7 +1,7 @@
 //! The QEMU that emulates lab hosts where the machine's own KVM does not run Linux.
 //!
 //! Debian 12's QEMU 7.2 emulates a processor whose KVM now and then loses its way: the host's kernel runs out of stack, both
-//! its processors spin, or a guest resets itself, several times an hour. That of the backports does not. It is
+//! its processors spin, or a guest resets itself, several times an hour. That of the backports does so less often. It is
 //! unpacked into the lab's cache, not installed: the hosts run the machine's own QEMU for their guests.
 
 use std::fs;
