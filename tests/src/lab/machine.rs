@@ -46,13 +46,14 @@ impl Machine {
         for folder in &emulator.firmware {
             qemu.arg("-L").arg(folder);
         }
-        let cpu = match hardware.accelerator {
-            // Five-level page tables would only make every walk of the emulated KVM longer.
-            Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,svm=on,la57=off"],
-            Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
+        let (cpu, processors) = match hardware.accelerator {
+            // Five-level page tables would only make every walk of the emulated KVM longer. Emulated processors that run side
+            // by side are what the emulated KVM loses its way with.
+            Accelerator::Tcg => (["-accel", "tcg", "-cpu", "max,svm=on,la57=off"], "1"),
+            Accelerator::Kvm => (["-accel", "kvm", "-cpu", "host"], "2"),
         };
         qemu.args(["-name", host.name(), "-M", "q35"]).args(cpu);
-        qemu.args(["-smp", "2", "-m", &format!("{}M", hardware.memory_mib), "-uuid", &host.uuid()]);
+        qemu.args(["-smp", processors, "-m", &format!("{}M", hardware.memory_mib), "-uuid", &host.uuid()]);
         qemu.args(["-display", "none", "-nodefaults", "-no-reboot"]);
         qemu.args(["-chardev", &format!("file,id=console,path={},append=on", lab.console(host).display())]);
         qemu.args(["-serial", "chardev:console"]);
