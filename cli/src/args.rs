@@ -53,6 +53,9 @@ pub(crate) struct ProtectArgs {
     /// Replicate over plain TCP: whoever can read or change the network's traffic reads or changes the guest.
     #[arg(long)]
     pub insecure: bool,
+    /// Let the guest's output through as it comes: after a failover clients may have seen what the guest never said.
+    #[arg(long)]
+    pub ungated: bool,
 }
 
 #[derive(Debug, clap::Args)]

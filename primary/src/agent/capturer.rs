@@ -5,10 +5,12 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use tokio::sync::mpsc;
 use tracing::{info, warn};
+use understudy_proto::epoch::{Committed, EpochKind};
 use understudy_proto::ids::EpochId;
 
 use super::host::GuestHost;
 use crate::capture::{CaptureError, CheckpointSource, Interrupter};
+use crate::egress::{Sealing, SharedKeeper};
 use crate::engine::{CaptureFailure, Event};
 use crate::replicate::EpochSink;
 
@@ -21,10 +23,19 @@ pub type Barrier = Box<dyn FnMut(EpochId) -> Result<(), String> + Send>;
 /// A call of the capture.
 #[derive(Debug)]
 pub(super) enum Call {
-    Arm { epoch: EpochId, sink: EpochSink },
+    Arm {
+        epoch: EpochId,
+        sink: EpochSink,
+    },
+    /// The guest is still stopped for the full copy that is committed: lets everything out that is held. No report
+    /// unless it fails.
+    Flush(Committed),
     Start,
     WaitReady,
-    Checkpoint { epoch: EpochId, sink: EpochSink },
+    Checkpoint {
+        epoch: EpochId,
+        sink: EpochSink,
+    },
     Disarm,
     Rescue,
 }
@@ -58,11 +69,12 @@ impl Capturer {
         source: Box<dyn CheckpointSource>,
         host: Arc<dyn GuestHost>,
         barrier: Barrier,
+        gate: Option<SharedKeeper>,
     ) -> std::io::Result<(Self, mpsc::Receiver<Report>)> {
         let (calls, inbox) = sync_channel(CALLS);
         let (reports, outbox) = mpsc::channel(CALLS);
         let interrupter = source.interrupter();
-        let worker = Worker { source, host, barrier, reports };
+        let worker = Worker { source, host, barrier, gate, reports };
         // 15 bytes is all a thread's name may have.
         let name: String = format!("cap-{name}").chars().take(15).collect();
         std::thread::Builder::new().name(name).spawn(move || worker.run(&inbox))?;
@@ -85,6 +97,7 @@ struct Worker {
     source: Box<dyn CheckpointSource>,
     host: Arc<dyn GuestHost>,
     barrier: Barrier,
+    gate: Option<SharedKeeper>,
     reports: mpsc::Sender<Report>,
 }
 
@@ -102,10 +115,22 @@ impl Worker {
         let report = match call {
             Call::Arm { epoch, sink } => return self.arm(epoch, sink),
             Call::Checkpoint { epoch, sink } => return self.checkpoint(epoch, sink),
-            Call::Start => match self.source.start().and_then(|()| self.source.wait_ready()) {
-                Ok(()) => Event::Ready,
-                Err(error) => failed(&error),
-            },
+            Call::Flush(committed) => {
+                let result = self.gate.as_ref().map_or(Ok(()), |gate| gate.committed(&committed));
+                return match result {
+                    Ok(()) => Ok(()),
+                    Err(error) => self.report(Event::OutputFailed(error.to_string()).into()),
+                };
+            }
+            Call::Start => {
+                if let Some(gate) = &self.gate {
+                    gate.resuming();
+                }
+                match self.source.start().and_then(|()| self.source.wait_ready()) {
+                    Ok(()) => Event::Ready,
+                    Err(error) => failed(&error),
+                }
+            }
             Call::WaitReady => match self.source.wait_ready() {
                 Ok(()) => Event::Ready,
                 Err(error) => failed(&error),
@@ -132,16 +157,21 @@ impl Worker {
                     precopy_ms = armed.timings.precopy.as_millis(), bytes = armed.timings.bytes,
                     "full copy captured"
                 );
-                if let Err(reason) = (self.barrier)(epoch) {
-                    let reason = match self.source.disarm() {
-                        Ok(()) => CaptureError::Barrier { reason },
-                        Err(error) => error,
-                    };
-                    return self.report(failed(&reason).into());
-                }
+                let sealing = seal(self.gate.as_ref(), epoch, EpochKind::Full);
+                let stay_stopped = match sealing.and_then(|s| (self.barrier)(epoch).map(|()| s)) {
+                    Ok(sealing) => sealing == Sealing::StayStopped,
+                    Err(reason) => {
+                        let reason = match self.source.disarm() {
+                            Ok(()) => CaptureError::Barrier { reason },
+                            Err(error) => error,
+                        };
+                        return self.report(failed(&reason).into());
+                    }
+                };
                 let memory_bytes = Some(armed.layout.total_bytes());
                 // Before its last bytes are on their way: the acknowledgement must not overtake this.
-                self.report(Report { event: Event::Armed, pages: None, memory_bytes })?;
+                let event = Event::Armed { stay_stopped };
+                self.report(Report { event, pages: None, memory_bytes })?;
                 // A stream that was lost meanwhile is the engine's to notice.
                 let _ = sink.finish(armed.device);
                 Ok(())
@@ -151,8 +181,9 @@ impl Worker {
     }
 
     fn checkpoint(&mut self, epoch: EpochId, mut sink: EpochSink) -> Result<(), ()> {
-        let barrier = &mut self.barrier;
-        match self.source.checkpoint(&mut || barrier(epoch), &mut sink) {
+        let (barrier, gate) = (&mut self.barrier, self.gate.as_ref());
+        let mut at_stop = || seal(gate, epoch, EpochKind::Delta).and_then(|_| barrier(epoch));
+        match self.source.checkpoint(&mut at_stop, &mut sink) {
             Ok(checkpoint) => {
                 tracing::trace!(
                     %epoch, pages = checkpoint.pages, stop_us = checkpoint.timings.stop.as_micros(),
@@ -169,6 +200,11 @@ impl Worker {
             Err(error) => self.report(failed(&error).into()),
         }
     }
+}
+
+/// What the guest has sent up to its stop is one epoch.
+fn seal(gate: Option<&SharedKeeper>, epoch: EpochId, kind: EpochKind) -> Result<Sealing, String> {
+    gate.map_or(Ok(Sealing::RunOn), |gate| gate.stopped(epoch, kind).map_err(|error| error.to_string()))
 }
 
 fn failed(error: &CaptureError) -> Event {

@@ -17,6 +17,8 @@ pub struct Settings {
     pub generation: Generation,
     /// The guest runs this long between two stops.
     pub epoch: Duration,
+    /// It runs at least this long if its output waits.
+    pub floor: Duration,
     /// An operator waits for the first commit: until then a failure ends the protection instead of being retried.
     pub attended: bool,
     /// Number of the first stream to the backup; larger than any an earlier agent of this host used.
@@ -72,7 +74,10 @@ pub enum Event {
         reject: Reject,
     },
     /// The full copy is complete and on its way; the guest is stopped.
-    Armed,
+    Armed {
+        /// It must stay so until the copy is committed: the gate holds output of which nobody knows the epochs.
+        stay_stopped: bool,
+    },
     /// The guest runs and can be stopped for a checkpoint.
     Ready,
     /// A checkpoint is complete and on its way; the guest runs.
@@ -85,6 +90,13 @@ pub enum Event {
     Rescued(Result<(), CaptureFailure>),
     /// [`Command::PauseGuest`] is done (or there is no guest any more), or has failed for the reason given.
     Paused(Result<(), String>),
+    /// A frame of the guest waits in the gate since its last stop.
+    OutputWaiting {
+        /// So much waits that nothing else matters.
+        pressing: bool,
+    },
+    /// The gate has not released what it was told to, for the reason given. What it holds waits for a full copy.
+    OutputFailed(String),
     /// An operator ends the protection.
     Unprotect,
     /// The agent ends; the protection is to go on with the next one.

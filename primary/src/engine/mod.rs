@@ -18,6 +18,7 @@
 mod end;
 mod event;
 mod link;
+mod output;
 mod view;
 
 use std::time::{Duration, Instant};
@@ -33,6 +34,7 @@ pub use event::{CaptureFailure, Command, Event, Outcome, OutcomeKind, Settings, 
 
 use end::End;
 use link::Link;
+use output::Pace;
 
 /// Between two questions to a QEMU whose answer does not help.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
@@ -64,6 +66,7 @@ pub struct Engine {
     needs_full: Option<String>,
     next_epoch: EpochId,
     next_stop: Instant,
+    pace: Pace,
     arm_at: Instant,
     arm_failures: u32,
     asking: Asking,
@@ -82,6 +85,10 @@ enum Capture {
     Idle,
     Arming {
         interrupted: bool,
+    },
+    /// The guest is stopped until the full copy is committed, or this moment comes.
+    Held {
+        until: Instant,
     },
     /// `fresh` until the guest has been seen running after the full copy.
     Waiting {
@@ -129,6 +136,7 @@ impl Engine {
             needs_full: Some("nothing is copied yet".to_owned()),
             next_epoch: EpochId(1),
             next_stop: now,
+            pace: Pace::new(now),
             arm_at: now,
             arm_failures: 0,
             asking: Asking::From(now),
@@ -168,6 +176,7 @@ impl Engine {
         };
         let rescue = match self.capture {
             Capture::Stuck { rescue_at } => Some(rescue_at),
+            Capture::Held { until } => Some(until),
             _ => None,
         };
         let end = self.end.as_ref().filter(|_| self.capture == Capture::Idle).and_then(End::deadline);
@@ -198,7 +207,7 @@ impl Engine {
             Event::Refused { session, refused } => self.refused(session, refused, out),
             Event::Acked { session, at } => self.acked(session, at, out),
             Event::Rejected { session, reject } => self.rejected(session, &reject, now, out),
-            Event::Armed => self.armed(out),
+            Event::Armed { stay_stopped } => self.armed(stay_stopped, now, out),
             Event::Ready => self.ready(now),
             Event::Captured => self.captured(now, out),
             Event::CaptureFailed(failure) => self.capture_failed(failure, now, out),
@@ -210,6 +219,8 @@ impl Engine {
                 _ => self.let_go(),
             },
             Event::Paused(result) => self.paused(result, now),
+            Event::OutputWaiting { pressing } => self.output_waiting(pressing, now),
+            Event::OutputFailed(reason) => self.output_failed(&reason, now, out),
             Event::Unprotect => self.unprotect(),
             Event::Shutdown => self.shutdown(),
         }
@@ -232,9 +243,13 @@ impl Engine {
         }
     }
 
-    fn armed(&mut self, out: &mut Vec<Command>) {
+    fn armed(&mut self, stay_stopped: bool, now: Instant, out: &mut Vec<Command>) {
         if let Capture::Arming { interrupted } = self.capture {
             self.finish_capture();
+            if stay_stopped && !interrupted {
+                self.hold(now);
+                return;
+            }
             // Even when the copy is not wanted any more: the guest is stopped, and starting it is the way out.
             self.capture = Capture::Waiting { interrupted, fresh: true };
             out.push(Command::Start);
@@ -247,7 +262,7 @@ impl Engine {
                 // The event that says so may have been lost.
                 self.precopy_over = true;
                 self.run.started();
-                self.next_stop = now + self.settings.epoch;
+                self.begin_epoch(now);
             }
             self.capture = Capture::Ready;
         }
@@ -259,7 +274,7 @@ impl Engine {
         }
         self.run.checkpoint_done();
         self.finish_capture();
-        self.next_stop = now + self.settings.epoch;
+        self.begin_epoch(now);
         self.capture = Capture::Waiting { interrupted: false, fresh: false };
         out.push(Command::WaitReady);
     }
@@ -351,6 +366,7 @@ impl Engine {
             self.resubscribing = true;
             out.push(Command::Resubscribe);
         }
+        self.decide_held(now, out);
         if let Capture::Stuck { rescue_at } = self.capture
             && now >= rescue_at
         {
@@ -385,6 +401,7 @@ impl Engine {
             Capture::Ready if now >= self.next_stop => {
                 let epoch = self.take_epoch(EpochKind::Delta);
                 self.run.reply_sent();
+                self.pace.stopping(now);
                 self.capture = Capture::Stopping;
                 out.push(Command::Checkpoint(epoch));
             }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 pub(crate) use backup::StubBackup;
 pub(crate) use guest::{DIRTY_PAGES, FakeGuest};
-use understudy_primary::agent::{self, Handle, Plan, Wish};
+use understudy_primary::agent::{self, Handle, Output, Plan, Wish};
 use understudy_primary::engine::{Outcome, Settings};
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::Offer;
@@ -35,6 +35,7 @@ pub(crate) async fn start(guest: &FakeGuest, backup: &StubBackup) -> Handle {
     let settings = Settings {
         generation: GENERATION,
         epoch: Duration::from_millis(5),
+        floor: Duration::from_millis(1),
         attended: false,
         first_session: 1,
         peer: to.clone(),
@@ -47,6 +48,7 @@ pub(crate) async fn start(guest: &FakeGuest, backup: &StubBackup) -> Handle {
         host: Arc::new(guest.clone()),
         source: Box::new(guest.source()),
         barrier: guest.barrier(),
+        output: Output::Ungated,
     };
     agent::start(plan).await.expect("starts")
 }

@@ -1,19 +1,165 @@
-//! The output gate on a kernel that has what it needs: this machine's may lack `plug` and `ifb`.
+//! The output gate: what leaves a protected guest, and when.
 
 use std::fs;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::Scenario;
+use super::{SHAPES, Scenario, start_shaped};
 use crate::lab::Lab;
-use crate::lab::plan::HostName::Beta;
+use crate::lab::domain::GuestSpec;
+use crate::lab::guest::{Guest, field};
+use crate::lab::pinger::Pinger;
+use crate::lab::plan::HostName::{Alpha, Beta};
 use crate::lab::remote::Exec;
+use crate::lab::understudy::Role;
 use crate::{process, workspace};
 
-pub(super) const SCENARIOS: &[Scenario] = &[("output: the gate holds and releases in a real kernel", kernel)];
+pub(super) const SCENARIOS: &[Scenario] = &[
+    ("output: the gate holds and releases in a real kernel", kernel),
+    ("output: nothing leaves before the backup has the epoch", nothing_leaves_early),
+    ("output: agent killed, no frame on the wire meanwhile, none lost after", agent_killed),
+    ("output: unprotect loses no frame", unprotect),
+    ("output: backup lost, output is held and comes when it is back", backup_lost),
+    ("output: an interface that cannot be gated is refused, and let through only when told so", ungated),
+];
+
+const LIMIT: Duration = Duration::from_secs(60);
 
 const BUILD_LIMIT: Duration = Duration::from_secs(1800);
+
+/// How long the agent is away.
+const AWAY: Duration = Duration::from_secs(5);
+
+/// A frame that was released in the last moment may take so long to the client through an emulated host.
+const ON_THE_WAY: Duration = Duration::from_millis(500);
+
+/// Guest g1 on alpha, protected, with epochs going by.
+fn protected(lab: &Lab) -> Result<Guest> {
+    let mut guest = start_shaped(lab, Alpha, SHAPES[0])?;
+    guest.must("dirty 100 20")?;
+    lab.protect("g1", Alpha)?;
+    advances(lab)?;
+    Ok(guest)
+}
+
+fn advances(lab: &Lab) -> Result<()> {
+    let total = |status: &crate::lab::understudy::GuestStatus| status.number("epochs_total").unwrap_or(0);
+    let now = total(&lab.wait_status((Alpha, Role::Primary), "g1", LIMIT, |s| s.state() == "protected")?);
+    lab.wait_status((Alpha, Role::Primary), "g1", LIMIT, |status| {
+        status.state() == "protected" && total(status) > now + 3
+    })
+    .map(drop)
+}
+
+/// A client sets a number in the guest's memory, higher each time, and waits for the answer. Whatever was answered
+/// when the power fails must be in the guest that goes on.
+fn nothing_leaves_early(lab: &Lab) -> Result<()> {
+    drop(protected(lab)?);
+    let frames = lab.dir().shared().join("output.pcap");
+    let link = "lan:alpha".parse()?;
+    lab.ask(&crate::lab::control::Request::Pcap(link, frames.clone()))?;
+    let answered = AtomicU64::new(0);
+    let failed: Result<()> = std::thread::scope(|scope| {
+        let client = scope.spawn(|| -> Result<()> {
+            let mut guest = Guest::connect(lab.dir(), "g1", Duration::from_secs(5))?;
+            for number in 1000_u64.. {
+                // The cut ends it.
+                if guest.must(&format!("touch 1 {number}")).is_err() {
+                    break;
+                }
+                answered.store(number, Ordering::SeqCst);
+            }
+            Ok(())
+        });
+        std::thread::sleep(Duration::from_secs(4));
+        lab.power_off(Alpha)?;
+        client.join().unwrap_or_else(|_| anyhow::bail!("the client panicked"))
+    });
+    failed?;
+    lab.ask(&crate::lab::control::Request::PcapStop(link))?;
+    let answered = answered.into_inner();
+    ensure!(answered > 1005, "only {} requests were answered", answered.saturating_sub(999));
+    lab.failover("g1", Beta)?;
+    let load = Guest::wait(lab.dir(), "g1", LIMIT)?.must("load")?;
+    let kept: u64 = field(&load, "every_ms").and_then(|ms| ms.parse().ok()).context("no number in it")?;
+    println!("    {} requests answered, the guest that goes on has heard {}", answered - 999, kept - 999);
+    ensure!(kept >= answered, "request {answered} was answered, the guest that goes on knows {kept} only");
+    ensure!(std::fs::metadata(&frames)?.len() > 1000, "nothing was recorded on the LAN");
+    Ok(())
+}
+
+fn agent_killed(lab: &Lab) -> Result<()> {
+    drop(protected(lab)?);
+    let pinger = Pinger::start(lab.dir(), "g1")?;
+    pinger.wait(LIMIT)?;
+    lab.hold_agent(Alpha, Role::Primary)?;
+    std::thread::sleep(ON_THE_WAY);
+    let dead = Instant::now();
+    std::thread::sleep(AWAY);
+    let seen = pinger.replies_since(dead);
+    ensure!(seen == 0, "{seen} frames left while nobody could release them");
+    lab.release_agent(Alpha, Role::Primary)?;
+    let sent = pinger.all_answered(LIMIT)?;
+    println!("    {sent} pings, all answered, none of them while the agent was away");
+    advances(lab)
+}
+
+fn unprotect(lab: &Lab) -> Result<()> {
+    drop(protected(lab)?);
+    let pinger = Pinger::start(lab.dir(), "g1")?;
+    pinger.wait(LIMIT)?;
+    lab.must_understudy(Alpha, &["unprotect", "g1"])?;
+    pinger.wait(LIMIT)?;
+    let sent = pinger.all_answered(LIMIT)?;
+    println!("    {sent} pings, all answered");
+    let left = lab.shell(Alpha, "ls /sys/class/net | grep usg- || true")?;
+    ensure!(left.is_empty(), "the gate is still there: {left}");
+    // And it can be protected again.
+    lab.protect("g1", Alpha)?;
+    advances(lab)
+}
+
+fn backup_lost(lab: &Lab) -> Result<()> {
+    drop(protected(lab)?);
+    let pinger = Pinger::start(lab.dir(), "g1")?;
+    pinger.wait(LIMIT)?;
+    let repl = "repl".parse()?;
+    lab.cut(repl)?;
+    std::thread::sleep(ON_THE_WAY);
+    let lost = Instant::now();
+    std::thread::sleep(AWAY);
+    let seen = pinger.replies_since(lost);
+    ensure!(seen == 0, "{seen} frames left although no epoch was committed");
+    let status = lab.status(Alpha, Role::Primary, "g1")?.context("the primary does not know the guest")?;
+    ensure!(status.text("output").starts_with("held for"), "{status:?}");
+    ensure!(status.number("output_waiting_bytes").is_some_and(|bytes| bytes > 0), "{status:?}");
+    lab.heal(repl)?;
+    let sent = pinger.all_answered(LIMIT)?;
+    let status = lab.status(Alpha, Role::Primary, "g1")?.context("the primary does not know the guest")?;
+    ensure!(status.number("output_dropped_total") == Some(0), "{status:?}");
+    println!("    {sent} pings, all answered, none of them while the backup was lost");
+    advances(lab)
+}
+
+fn ungated(lab: &Lab) -> Result<()> {
+    let user = "<interface type='user'><model type='virtio'/><rom enabled='no'/></interface>\n";
+    lab.start_guest(Alpha, &GuestSpec { extra_devices: user.to_owned(), ..GuestSpec::new("g1") })?;
+    let mut guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
+    let protect = ["protect", "g1", "--to", "beta", "--insecure"];
+    let refused = lab.understudy(Alpha, &protect)?;
+    ensure!(refused.code != 0, "it was protected: {refused:?}");
+    ensure!(refused.stderr.contains("(type 'user')") && refused.stderr.contains("--ungated"), "{refused:?}");
+    let left = lab.shell(Alpha, "ls /sys/class/net | grep usg- || true")?;
+    ensure!(left.is_empty(), "a refusal has left a gate: {left}");
+    lab.must_understudy(Alpha, &[&protect[..], &["--ungated"]].concat())?;
+    advances(lab)?;
+    let status = lab.status(Alpha, Role::Primary, "g1")?.context("the primary does not know the guest")?;
+    ensure!(status.text("output").contains("NOT held back"), "{status:?}");
+    ensure!(status.text("detail").contains("NOT held back"), "{status:?}");
+    guest.must("check").map(drop)
+}
 
 /// Runs the gate's own test of `primary` in a host, where it must not be left out.
 fn kernel(lab: &Lab) -> Result<()> {

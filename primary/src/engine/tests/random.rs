@@ -157,7 +157,8 @@ impl World {
             (Doing::Arm, true) => {
                 self.armed = true;
                 self.captured = self.begun.is_some();
-                self.step(Event::Armed);
+                // What the gate holds is tangled now and then.
+                self.step(Event::Armed { stay_stopped: self.released.is_multiple_of(2) });
             }
             (Doing::Start | Doing::WaitReady, true) => {
                 self.ready = true;
@@ -228,7 +229,12 @@ impl World {
                     }
                 }
             }
-            200..=203 => {
+            200 => self.step(Event::OutputWaiting { pressing: self.life.is_multiple_of(2) }),
+            201 => {
+                self.needs_sync = true;
+                self.step(Event::OutputFailed("no".to_owned()));
+            }
+            202..=203 => {
                 if let (Some(session), Some(epoch)) = (self.session, self.begun) {
                     let reject = Reject { at: at(epoch), code: RejectCode::Internal, text: "no".to_owned() };
                     self.needs_sync = true;

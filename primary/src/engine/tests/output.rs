@@ -1,0 +1,84 @@
+//! What waiting output does to epochs, and what a full copy does for a gate that has lost count.
+
+use super::*;
+
+const WAITING: Event = Event::OutputWaiting { pressing: false };
+
+/// A full copy is captured, and the gate needs the guest to stay stopped for it.
+fn held() -> Bench {
+    let mut bench = Bench::new(settings());
+    let connected = Event::Connected { session: 7, ack: hello(life(1), None) };
+    assert_eq!(bench.run(connected), [Command::Arm(EpochId(1))]);
+    assert_eq!(bench.step(Event::Armed { stay_stopped: true }), [], "the guest stays stopped");
+    bench
+}
+
+#[test]
+fn waiting_output_ends_the_epoch_but_not_before_the_floor() {
+    let mut bench = Bench::protected(settings());
+    assert_eq!(bench.step(WAITING), []);
+    assert_eq!(bench.tick(FLOOR - Duration::from_millis(1)), []);
+    assert_eq!(bench.tick(Duration::from_millis(1)), [Command::Checkpoint(EpochId(2))]);
+    // What waits since before that stop waits for its commit, not for another stop.
+    assert_eq!(bench.step(WAITING), []);
+    assert_eq!(bench.step(Event::Captured), [Command::WaitReady]);
+    bench.events_of_checkpoint();
+    assert_eq!(bench.step(Event::Ready), []);
+    assert_released(&bench.run(Event::Acked { session: 7, at: at(2) }), 2);
+    assert_eq!(bench.tick(FLOOR), [], "nothing waits: the epoch is long");
+    assert_eq!(bench.tick(EPOCH - FLOOR), [Command::Checkpoint(EpochId(3))]);
+}
+
+#[test]
+fn a_guest_that_is_dear_to_stop_is_stopped_less_often() {
+    let mut bench = Bench::protected(settings());
+    assert_eq!(bench.tick(EPOCH), [Command::Checkpoint(EpochId(2))]);
+    bench.now += Duration::from_millis(10);
+    assert_eq!(bench.step(Event::Captured), [Command::WaitReady]);
+    bench.events_of_checkpoint();
+    assert_eq!(bench.step(Event::Ready), []);
+    assert_released(&bench.run(Event::Acked { session: 7, at: at(2) }), 2);
+    assert_eq!(bench.step(WAITING), []);
+    assert_eq!(bench.tick(Duration::from_millis(19)), [], "10 ms to stop: 20 ms to run");
+    assert_eq!(bench.tick(Duration::from_millis(1)), [Command::Checkpoint(EpochId(3))]);
+}
+
+#[test]
+fn pressing_output_ends_the_epoch_at_once_and_one_epoch_stays_in_flight() {
+    let mut bench = Bench::in_flight(settings());
+    assert_eq!(bench.step(Event::OutputWaiting { pressing: true }), [], "epoch 2 is not acknowledged");
+    let commands = bench.run(Event::Acked { session: 7, at: at(2) });
+    assert_released(&commands, 2);
+    assert_eq!(commands[1..], [Command::Checkpoint(EpochId(3))]);
+}
+
+#[test]
+fn a_held_guest_runs_when_its_full_copy_is_committed() {
+    let mut bench = held();
+    let commands = bench.step(Event::Acked { session: 7, at: at(1) });
+    assert_released(&commands, 1);
+    assert_eq!(
+        commands[1..],
+        [Command::Start],
+        "in this order: nothing new may be sent before the old is out"
+    );
+}
+
+#[test]
+fn a_held_guest_runs_when_the_commit_does_not_come() {
+    let mut bench = held();
+    assert_eq!(bench.lose(7)[..2], [Command::Forget, Command::Start], "invariant 10");
+    let mut bench = held();
+    let until = bench.engine.deadline().expect("there is a limit");
+    assert_eq!(bench.tick(until - bench.now)[..2], [Command::Forget, Command::Start]);
+    let mut bench = held();
+    assert_eq!(bench.step(Event::Unprotect)[..2], [Command::Forget, Command::Start]);
+}
+
+#[test]
+fn a_gate_that_fails_leads_to_a_full_copy() {
+    let mut bench = Bench::protected(settings());
+    assert_eq!(bench.step(Event::OutputFailed("no such device".to_owned())), [Command::Disarm]);
+    assert_eq!(bench.state(), GuestState::Degraded);
+    assert!(bench.engine.view().detail.contains("no such device"), "{:?}", bench.engine.view());
+}
