@@ -302,7 +302,12 @@ impl Guest {
             replicate::Report::Connected(session, ack) => Event::Connected { session, ack },
             replicate::Report::Disconnected(session, reason) => Event::Disconnected { session, reason },
             replicate::Report::Refused(session, refused) => Event::Refused { session, refused },
-            replicate::Report::Acked(session, at) => Event::Acked { session, at },
+            replicate::Report::Acked(session, at) => {
+                if let Some(bytes) = self.gate.as_ref().and_then(Gate::bytes) {
+                    self.apply_all(Event::OutputHeld { bytes }).await;
+                }
+                Event::Acked { session, at }
+            }
             replicate::Report::Rejected(session, reject) => Event::Rejected { session, reject },
             replicate::Report::Standby(standby) => {
                 let text = match standby.text.as_str() {
@@ -334,11 +339,8 @@ impl Guest {
             }
             Command::Start => self.capturer.call(Call::Start),
             Command::WaitReady => self.capturer.call(Call::WaitReady),
-            Command::Checkpoint(epoch) => {
-                self.stats.pause.checkpoint();
-                let sink = self.feed(epoch, EpochKind::Delta).await;
-                self.capturer.call(Call::Checkpoint { epoch, sink });
-            }
+            Command::Checkpoint(epoch) => self.checkpoint(epoch, false).await,
+            Command::CheckpointHeld(epoch) => self.checkpoint(epoch, true).await,
             Command::Interrupt => self.capturer.interrupt(),
             Command::Disarm => self.capturer.call(Call::Disarm),
             Command::Rescue => self.capturer.call(Call::Rescue),
@@ -392,6 +394,12 @@ impl Guest {
             gate.end(&outcome, goodbye.is_some()).await;
         }
         self.outcome = Some(outcome);
+    }
+
+    async fn checkpoint(&mut self, epoch: EpochId, hold: bool) {
+        self.stats.pause.checkpoint();
+        let sink = self.feed(epoch, EpochKind::Delta).await;
+        self.capturer.call(Call::Checkpoint { epoch, hold, sink });
     }
 
     async fn feed(&mut self, epoch: EpochId, kind: EpochKind) -> EpochSink {

@@ -94,6 +94,12 @@ impl Gate {
         Some(held.bytes >= HIGH_WATER_BYTES)
     }
 
+    /// Bytes that wait, if anything is known to.
+    pub(super) fn bytes(&self) -> Option<u64> {
+        self.waiting_since?;
+        self.keeper.held().ok().map(|held| held.bytes)
+    }
+
     /// The guest runs on after a stop.
     pub(super) fn epoch_begins(&mut self) {
         self.listening = true;
@@ -186,7 +192,8 @@ impl Guest {
             // The queue is for few answers, and this is the only one of its kind.
             let _ = self.answers_in.try_send(failed);
         }
-        gate.waiting_since = None;
+        // What was heard since the last stop waits on.
+        gate.waiting_since = if gate.listening { None } else { Some(Instant::now()) };
     }
 
     /// An interface was plugged in or out: it gets its gate, or loses it.

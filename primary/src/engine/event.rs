@@ -95,6 +95,11 @@ pub enum Event {
         /// So much waits that nothing else matters.
         pressing: bool,
     },
+    /// So many bytes are in the gate at a moment that counts: just before a commit is taken.
+    OutputHeld {
+        /// All of them, sealed or not.
+        bytes: u64,
+    },
     /// The gate has not released what it was told to, for the reason given. What it holds waits for a full copy.
     OutputFailed(String),
     /// An operator ends the protection.
@@ -126,7 +131,7 @@ pub enum Command {
     },
     /// Begin a full copy that becomes this epoch.
     Arm(EpochId),
-    /// Let the guest run after the full copy, then wait until it can be stopped.
+    /// Let the guest run after the full copy, or after a checkpoint that holds it, then wait until it can be stopped.
     Start,
     /// Wait until the guest can be stopped.
     WaitReady,
@@ -134,6 +139,8 @@ pub enum Command {
     Checkpoint(EpochId),
     /// Make the call of the capture that is under way return.
     Interrupt,
+    /// Stop the guest and capture this epoch; it stays stopped until [`Command::Start`].
+    CheckpointHeld(EpochId),
     /// End the capture; the guest runs on.
     Disarm,
     /// Bring QEMU out of COLO after a capture that failed to do so itself.

@@ -65,7 +65,6 @@ pub struct Engine {
     /// Why a full copy is needed, if one is.
     needs_full: Option<String>,
     next_epoch: EpochId,
-    next_stop: Instant,
     pace: Pace,
     arm_at: Instant,
     arm_failures: u32,
@@ -86,17 +85,20 @@ enum Capture {
     Arming {
         interrupted: bool,
     },
-    /// The guest is stopped until the full copy is committed, or this moment comes.
+    /// The guest is stopped until its epoch is committed, or this moment comes.
     Held {
         until: Instant,
+        kind: EpochKind,
     },
-    /// `fresh` until the guest has been seen running after the full copy.
+    /// `since` until the guest has been seen running after it was held or copied.
     Waiting {
         interrupted: bool,
-        fresh: bool,
+        since: Option<EpochKind>,
     },
     Ready,
-    Stopping,
+    Stopping {
+        hold: bool,
+    },
     Disarming,
     /// QEMU may still be in COLO.
     Stuck {
@@ -135,7 +137,6 @@ impl Engine {
             committed: None,
             needs_full: Some("nothing is copied yet".to_owned()),
             next_epoch: EpochId(1),
-            next_stop: now,
             pace: Pace::new(now),
             arm_at: now,
             arm_failures: 0,
@@ -166,7 +167,7 @@ impl Engine {
         // Whatever is due already has been done by the last step, so none of these lies in the past.
         let guest = match self.run.verdict() {
             _ if !self.wants_guest() => None,
-            Verdict::Yes if self.capture == Capture::Ready => Some(self.next_stop),
+            Verdict::Yes if self.capture == Capture::Ready => Some(self.next_stop()),
             Verdict::Yes => Some(self.arm_at),
             Verdict::AskQemu(_) => match self.asking {
                 Asking::From(at) => Some(at),
@@ -176,7 +177,7 @@ impl Engine {
         };
         let rescue = match self.capture {
             Capture::Stuck { rescue_at } => Some(rescue_at),
-            Capture::Held { until } => Some(until),
+            Capture::Held { until, .. } => Some(until),
             _ => None,
         };
         let end = self.end.as_ref().filter(|_| self.capture == Capture::Idle).and_then(End::deadline);
@@ -219,7 +220,8 @@ impl Engine {
                 _ => self.let_go(),
             },
             Event::Paused(result) => self.paused(result, now),
-            Event::OutputWaiting { pressing } => self.output_waiting(pressing, now),
+            Event::OutputWaiting { pressing } => self.output_waiting(pressing),
+            Event::OutputHeld { bytes } => self.output_held(bytes),
             Event::OutputFailed(reason) => self.output_failed(&reason, now, out),
             Event::Unprotect => self.unprotect(),
             Event::Shutdown => self.shutdown(),
@@ -246,36 +248,41 @@ impl Engine {
     fn armed(&mut self, stay_stopped: bool, now: Instant, out: &mut Vec<Command>) {
         if let Capture::Arming { interrupted } = self.capture {
             self.finish_capture();
+            self.end_epoch(now);
             if stay_stopped && !interrupted {
-                self.hold(now);
+                self.hold(EpochKind::Full, now);
                 return;
             }
             // Even when the copy is not wanted any more: the guest is stopped, and starting it is the way out.
-            self.capture = Capture::Waiting { interrupted, fresh: true };
+            self.capture = Capture::Waiting { interrupted, since: Some(EpochKind::Full) };
             out.push(Command::Start);
         }
     }
 
     fn ready(&mut self, now: Instant) {
-        if let Capture::Waiting { fresh, .. } = self.capture {
-            if fresh {
+        if let Capture::Waiting { since, .. } = self.capture {
+            if since == Some(EpochKind::Full) {
                 // The event that says so may have been lost.
                 self.precopy_over = true;
                 self.run.started();
-                self.begin_epoch(now);
+            }
+            if since.is_some() {
+                self.run_on(now);
             }
             self.capture = Capture::Ready;
         }
     }
 
     fn captured(&mut self, now: Instant, out: &mut Vec<Command>) {
-        if self.capture != Capture::Stopping {
-            return;
-        }
+        let Capture::Stopping { hold } = self.capture else { return };
         self.run.checkpoint_done();
         self.finish_capture();
-        self.begin_epoch(now);
-        self.capture = Capture::Waiting { interrupted: false, fresh: false };
+        self.end_epoch(now);
+        if hold {
+            self.hold(EpochKind::Delta, now);
+            return;
+        }
+        self.capture = Capture::Waiting { interrupted: false, since: None };
         out.push(Command::WaitReady);
     }
 
@@ -286,7 +293,7 @@ impl Engine {
     }
 
     fn capture_failed(&mut self, failure: CaptureFailure, now: Instant, out: &mut Vec<Command>) {
-        if self.capture == Capture::Stopping {
+        if matches!(self.capture, Capture::Stopping { .. }) {
             self.run.checkpoint_done();
         }
         let wanted = !matches!(
@@ -398,12 +405,12 @@ impl Engine {
                 self.capture = Capture::Arming { interrupted: false };
                 out.push(Command::Arm(epoch));
             }
-            Capture::Ready if now >= self.next_stop => {
+            Capture::Ready if now >= self.next_stop() => {
                 let epoch = self.take_epoch(EpochKind::Delta);
                 self.run.reply_sent();
-                self.pace.stopping(now);
-                self.capture = Capture::Stopping;
-                out.push(Command::Checkpoint(epoch));
+                let hold = self.pace.stopping(now);
+                self.capture = Capture::Stopping { hold };
+                out.push(if hold { Command::CheckpointHeld(epoch) } else { Command::Checkpoint(epoch) });
             }
             _ => {}
         }

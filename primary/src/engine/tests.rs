@@ -149,7 +149,7 @@ fn outcome(commands: &[Command]) -> (Option<GoodbyeReason>, OutcomeKind) {
 #[test]
 fn an_epoch_lasts_its_time_and_the_next_waits_for_its_acknowledgement() {
     let mut bench = Bench::protected(settings());
-    assert_eq!(bench.engine.deadline(), Some(bench.engine.next_stop));
+    assert_eq!(bench.engine.deadline(), Some(bench.engine.next_stop()));
     let mut bench = {
         assert_eq!(bench.tick(EPOCH), [Command::Checkpoint(EpochId(2))]);
         bench

@@ -73,7 +73,7 @@ impl FakeGuest {
     }
 
     pub(crate) fn source(&self) -> FakeSource {
-        FakeSource { guest: self.clone(), interrupter: Interrupter::new().expect("an eventfd") }
+        FakeSource { guest: self.clone(), hold: false, interrupter: Interrupter::new().expect("an eventfd") }
     }
 
     pub(crate) fn barrier(&self) -> Barrier {
@@ -130,6 +130,7 @@ impl GuestHost for FakeGuest {
 
 pub(crate) struct FakeSource {
     guest: FakeGuest,
+    hold: bool,
     interrupter: Interrupter,
 }
 
@@ -187,9 +188,19 @@ impl CheckpointSource for FakeSource {
         };
         barrier().map_err(|reason| CaptureError::Barrier { reason })?;
         self.send(&pages, sink)?;
-        self.guest.lock().qmp("RESUME", Duration::from_micros(500));
+        if !std::mem::take(&mut self.hold) {
+            self.guest.lock().qmp("RESUME", Duration::from_micros(500));
+        }
         let device = Bytes::from(vec![7; 300_000]);
         Ok(Checkpoint { device, pages: DIRTY_PAGES, timings: CaptureTimings::default() })
+    }
+
+    fn hold_next(&mut self) {
+        self.hold = true;
+    }
+
+    fn still_stopped(&mut self) -> Result<(), CaptureError> {
+        Ok(())
     }
 
     fn disarm(&mut self) -> Result<(), CaptureError> {

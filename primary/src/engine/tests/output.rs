@@ -75,6 +75,57 @@ fn a_held_guest_runs_when_the_commit_does_not_come() {
     assert_eq!(bench.step(Event::Unprotect)[..2], [Command::Forget, Command::Start]);
 }
 
+/// Epoch 2 was acknowledged with so much in the gate; epoch 3 is to be captured.
+fn after_an_epoch_that_held(bytes: u64) -> (Bench, Vec<Command>) {
+    let mut bench = Bench::in_flight(settings());
+    assert_eq!(bench.step(Event::OutputHeld { bytes }), []);
+    assert_released(&bench.run(Event::Acked { session: 7, at: at(2) }), 2);
+    let commands = bench.tick(EPOCH);
+    (bench, commands)
+}
+
+/// A guest that is held at the end of epoch 3 for its commit.
+fn held_back() -> Bench {
+    let (mut bench, commands) = after_an_epoch_that_held(16 << 20);
+    assert_eq!(commands, [Command::CheckpointHeld(EpochId(3))]);
+    assert_eq!(bench.step(Event::Captured), [], "the guest stays stopped");
+    assert_eq!(bench.step(qmp("STOP", json!(null))), []);
+    bench
+}
+
+#[test]
+fn a_guest_that_sends_more_than_commits_can_follow_waits_for_them() {
+    assert_eq!(after_an_epoch_that_held((16 << 20) - 1).1, [Command::Checkpoint(EpochId(3))]);
+    let mut bench = held_back();
+    bench.now += Duration::from_secs(2);
+    let commands = bench.run(Event::Acked { session: 7, at: at(3) });
+    assert_released(&commands, 3);
+    assert_eq!(commands[1..], [Command::Start]);
+    // The epoch begins when the guest runs, however long it was held, and what it sends at once is not forgotten.
+    assert_eq!(bench.step(WAITING), []);
+    assert_eq!(bench.step(qmp("RESUME", json!(null))), []);
+    assert_eq!(bench.step(Event::Ready), []);
+    assert_eq!(bench.tick(FLOOR - Duration::from_millis(1)), []);
+    assert_eq!(
+        bench.tick(Duration::from_millis(1)),
+        [Command::Checkpoint(EpochId(4))],
+        "nothing is held any more"
+    );
+}
+
+#[test]
+fn a_guest_is_not_held_back_for_a_commit_that_does_not_come() {
+    let mut bench = held_back();
+    assert_eq!(bench.lose(8), []);
+    assert_eq!(bench.lose(7)[0], Command::Start, "invariant 10");
+    let mut bench = held_back();
+    let until = bench.engine.deadline().expect("there is a limit");
+    assert_eq!(bench.tick(until - bench.now), [Command::Start], "the epoch may still be committed");
+    assert_released(&bench.run(Event::Acked { session: 7, at: at(3) }), 3);
+    let mut bench = held_back();
+    assert_eq!(bench.step(Event::Unprotect), [Command::Start, Command::Interrupt]);
+}
+
 #[test]
 fn a_gate_that_fails_leads_to_a_full_copy() {
     let mut bench = Bench::protected(settings());
