@@ -2,12 +2,14 @@
 
 mod backup;
 mod guest;
+mod output;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use backup::StubBackup;
 pub(crate) use guest::{DIRTY_PAGES, FakeGuest};
+pub(crate) use output::FakeGate;
 use understudy_primary::agent::{self, Handle, Output, Plan, Wish};
 use understudy_primary::engine::{Outcome, Settings};
 use understudy_proto::ids::{Generation, GuestId};
@@ -20,6 +22,10 @@ const LIMIT: Duration = Duration::from_secs(30);
 pub(crate) const GENERATION: Generation = Generation(2);
 
 pub(crate) async fn start(guest: &FakeGuest, backup: &StubBackup) -> Handle {
+    start_with(guest, backup, Output::Ungated).await
+}
+
+pub(crate) async fn start_with(guest: &FakeGuest, backup: &StubBackup, output: Output) -> Handle {
     let to = backup.address();
     let hello = Hello {
         offer: Offer::ours(),
@@ -48,7 +54,7 @@ pub(crate) async fn start(guest: &FakeGuest, backup: &StubBackup) -> Handle {
         host: Arc::new(guest.clone()),
         source: Box::new(guest.source()),
         barrier: guest.barrier(),
-        output: Output::Ungated,
+        output,
     };
     agent::start(plan).await.expect("starts")
 }
