@@ -266,6 +266,10 @@ impl CheckpointSource for FakeSource {
             }
             Some(questions) => {
                 *questions -= 1;
+                if *questions == 0 {
+                    // It does so now, right behind the answer.
+                    inner.send_frame();
+                }
                 Ok(())
             }
             None => Ok(()),
