@@ -1,6 +1,5 @@
 //! The owner of a guest with an output gate: what leaves, and when.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends by panicking")]
-#![allow(dead_code, reason = "the fakes serve other tests as well")]
 
 mod fake;
 

@@ -16,6 +16,7 @@ use understudy_proto::rpc::epoch::{GoodbyeReason, Hello};
 use super::capturer::{self, Barrier, Call, Capturer};
 use super::host::GuestHost;
 use super::output::{Gate, Output};
+use super::stall::Pulse;
 use crate::capture::CheckpointSource;
 use crate::egress::SharedKeeper;
 use crate::engine::{Command, Engine, Event, Outcome, OutcomeKind, Settings};
@@ -149,6 +150,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
         memory_bytes: MEMORY_BYTES_UNKNOWN,
         committed_at: None,
         published_at: Instant::now(),
+        pulse: Pulse::new(Instant::now()),
         outcome: None,
         gate,
         shown: (GuestState::Seeding, String::new()),
@@ -198,6 +200,7 @@ pub(super) struct Guest {
     memory_bytes: u64,
     committed_at: Option<Instant>,
     published_at: Instant,
+    pulse: Pulse,
     outcome: Option<Outcome>,
     /// `None`: output goes as it comes.
     pub(super) gate: Option<Gate>,
@@ -225,7 +228,12 @@ impl Guest {
                 self.publish(true);
                 return;
             }
-            match self.select().await {
+            let turn = self.select().await;
+            if let Some(still) = self.pulse.beat(Instant::now()) {
+                warn!(ms = still.as_millis(), "this agent stood still");
+                self.apply_all(Event::StoodStill(still)).await;
+            }
+            match turn {
                 Turn::Capture(Some(report)) => self.capture_report(report).await,
                 Turn::Stream(Some(report)) => self.stream_report(report).await,
                 Turn::Domain(event) => {

@@ -5,6 +5,7 @@ mod guest;
 mod host;
 mod output;
 mod restart;
+mod stall;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

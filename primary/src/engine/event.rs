@@ -102,6 +102,9 @@ pub enum Event {
     },
     /// The gate has not released what it was told to, for the reason given. What it holds waits for a full copy.
     OutputFailed(String),
+    /// The agent did nothing for so long that it may have been taken for dead: what has arrived meanwhile may be out of
+    /// date.
+    StoodStill(Duration),
     /// An operator ends the protection.
     Unprotect,
     /// The agent ends; the protection is to go on with the next one.

@@ -223,6 +223,7 @@ impl Engine {
             Event::OutputWaiting { pressing } => self.output_waiting(pressing),
             Event::OutputHeld { bytes } => self.output_held(bytes),
             Event::OutputFailed(reason) => self.output_failed(&reason, now, out),
+            Event::StoodStill(still) => self.stood_still(still, out),
             Event::Unprotect => self.unprotect(),
             Event::Shutdown => self.shutdown(),
         }

@@ -1,4 +1,5 @@
 //! A guest without a hypervisor, and a backup without an agent.
+#![allow(dead_code, unused_imports, reason = "every test uses its part of it")]
 
 mod backup;
 mod guest;

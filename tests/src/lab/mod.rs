@@ -4,6 +4,7 @@ pub(crate) mod agents;
 pub(crate) mod cli;
 pub(crate) mod control;
 pub(crate) mod domain;
+pub(crate) mod frames;
 pub(crate) mod guest;
 pub(crate) mod machine;
 pub(crate) mod network;

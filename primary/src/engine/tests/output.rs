@@ -133,3 +133,22 @@ fn a_gate_that_fails_leads_to_a_full_copy() {
     assert_eq!(bench.state(), GuestState::Degraded);
     assert!(bench.engine.view().detail.contains("no such device"), "{:?}", bench.engine.view());
 }
+
+#[test]
+fn an_acknowledgement_that_waited_for_an_agent_that_stood_still_releases_nothing() {
+    let still = Event::StoodStill(Duration::from_secs(9));
+    let mut bench = Bench::in_flight(settings());
+    let connect = bench.step(still.clone());
+    assert!(matches!(connect[..], [Command::Connect { session: 8, .. }]), "{connect:?}");
+    assert_eq!(bench.run(Event::Acked { session: 7, at: at(2) }), []);
+    // The backup is still one: it says what it has.
+    let ack = hello(life(1), Some(2));
+    assert_released(&bench.run(Event::Connected { session: 8, ack }), 2);
+
+    let mut bench = Bench::in_flight(settings());
+    bench.step(still);
+    assert_eq!(bench.run(Event::Acked { session: 7, at: at(2) }), []);
+    let commands = bench.step(Event::Refused { session: 8, refused: refusal(RefusedCode::Superseded) });
+    assert_eq!(commands[0], Command::PauseGuest, "it runs there since");
+    assert!(!commands.iter().any(|command| matches!(command, Command::Release(_))), "{commands:?}");
+}

@@ -231,7 +231,7 @@ impl World {
                     self.step(Event::Connected { session, ack });
                 }
             }
-            150..=157 => self.lose(),
+            150..=155 | 157 => self.lose(),
             158..=161 => {
                 // The backup agent is restarted.
                 self.life += 1;
@@ -251,6 +251,11 @@ impl World {
                         self.step(Event::OutputHeld { bytes: u64::from(what % 3) << 24 });
                         self.step(Event::Acked { session, at: at(epoch) });
                     }
+                }
+            }
+            156 => {
+                if self.session.take().is_some() {
+                    self.step(Event::StoodStill(Duration::from_secs(5)));
                 }
             }
             200 => self.step(Event::OutputWaiting { pressing: self.life.is_multiple_of(2) }),
