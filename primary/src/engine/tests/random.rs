@@ -253,10 +253,8 @@ impl World {
                     }
                 }
             }
-            156 => {
-                if self.session.take().is_some() {
-                    self.step(Event::StoodStill(Duration::from_secs(5)));
-                }
+            156 if self.session.take().is_some() => {
+                self.step(Event::StoodStill(Duration::from_secs(5)));
             }
             200 => self.step(Event::OutputWaiting { pressing: self.life.is_multiple_of(2) }),
             201 => {
