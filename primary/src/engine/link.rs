@@ -125,7 +125,7 @@ impl Engine {
     /// An acknowledgement from before may be of a guest that runs on the backup since: nothing is released before the
     /// backup has confirmed on a new stream that it is still one (invariant 4).
     pub(super) fn stood_still(&mut self, still: Duration, out: &mut Vec<Command>) {
-        if self.link.is_up() {
+        if self.link.is_up() && self.window.as_ref().is_some_and(|window| window.captured.is_some()) {
             let reason = format!("this agent stood still for {} ms", still.as_millis());
             self.disconnected(self.link.session, reason, out);
         }

@@ -152,3 +152,11 @@ fn an_acknowledgement_that_waited_for_an_agent_that_stood_still_releases_nothing
     assert_eq!(commands[0], Command::PauseGuest, "it runs there since");
     assert!(!commands.iter().any(|command| matches!(command, Command::Release(_))), "{commands:?}");
 }
+
+#[test]
+fn an_agent_that_stood_still_with_nothing_to_release_goes_on() {
+    let mut bench = Bench::protected(settings());
+    assert_eq!(bench.step(Event::StoodStill(Duration::from_secs(9))), []);
+    assert_eq!(bench.tick(EPOCH), [Command::Checkpoint(EpochId(2))]);
+    assert_eq!(bench.step(Event::StoodStill(Duration::from_secs(9))), [], "not captured yet");
+}

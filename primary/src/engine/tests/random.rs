@@ -253,7 +253,10 @@ impl World {
                     }
                 }
             }
-            156 if self.session.take().is_some() => {
+            156 => {
+                if self.captured && self.session.is_some() && self.begun.is_some() {
+                    self.session = None;
+                }
                 self.step(Event::StoodStill(Duration::from_secs(5)));
             }
             200 => self.step(Event::OutputWaiting { pressing: self.life.is_multiple_of(2) }),
