@@ -17,8 +17,6 @@ pub(crate) struct GuestSpec {
     pub(crate) huge_pages: bool,
     /// libvirt's video model: `none`, `vga`, `cirrus`, ...
     pub(crate) video: String,
-    /// The network card is the kernel's (vhost-net) and not QEMU's.
-    pub(crate) vhost: bool,
     /// Put in among the devices as it is.
     pub(crate) extra_devices: String,
 }
@@ -38,15 +36,13 @@ impl GuestSpec {
             kind: "kvm".into(),
             huge_pages: false,
             video: "none".into(),
-            vhost: true,
             extra_devices: String::new(),
         }
     }
 
     /// The domain's XML. No USB, and no graphics unless asked for: what this guest has not cannot slow it down.
     pub(crate) fn xml(&self, lab: &LabDir) -> String {
-        let Self { name, machine, vcpus, memory_mib, kind, huge_pages, video, vhost, extra_devices } = self;
-        let driver = if *vhost { "" } else { "<driver name='qemu'/>" };
+        let Self { name, machine, vcpus, memory_mib, kind, huge_pages, video, extra_devices } = self;
         let backing = if *huge_pages { "<memoryBacking><hugepages/></memoryBacking>" } else { "" };
         let files = lab.shared().join("guest");
         let files = files.display();
@@ -77,7 +73,7 @@ impl GuestSpec {
     <interface type='bridge'>
       <mac address='{mac}'/>
       <source bridge='{GUEST_BRIDGE}'/>
-      <model type='virtio'/>{driver}
+      <model type='virtio'/>
       <rom enabled='no'/>
     </interface>
 {extra_devices}  </devices>

@@ -1,9 +1,11 @@
 //! A client on the LAN that sends ICMP echo requests to a guest, numbered, and remembers which were answered when.
-//! Nobody repeats a lost echo, so a reply that is missing was lost.
+//! Nobody repeats an answer, so one that the guest has said and nobody heard was lost. That a request is lost on its way in
+//! is no fault: QEMU throws away what it has read for a guest when that is stopped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -14,9 +16,9 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recv, sendto, socket_with,
 };
 
-use super::network;
-use super::plan::guest_address;
+use super::plan::{HostName, guest_address};
 use super::state::LabDir;
+use super::{Lab, network};
 
 /// Between two requests.
 const PERIOD: Duration = Duration::from_millis(50);
@@ -91,20 +93,20 @@ impl Pinger {
         Ok(())
     }
 
-    /// Sends no more, and waits until every request that was sent is answered; gives their number.
-    pub(crate) fn all_answered(&self, limit: Duration) -> Result<u16> {
+    /// Sends no more, and waits until everything that the guest has `said` was heard; gives its number.
+    pub(crate) fn all_heard(&self, said: &Said, limit: Duration) -> Result<usize> {
         self.silent.store(true, Ordering::Relaxed);
-        std::thread::sleep(PERIOD * 2);
-        let (sent, end) = (self.sent.load(Ordering::Relaxed), Instant::now() + limit);
+        let end = Instant::now() + limit;
         loop {
+            let said = said.numbers()?;
             let missing: Vec<u16> = {
                 let replies = self.replies.lock().unwrap_or_else(PoisonError::into_inner);
-                (0..sent).filter(|number| !replies.contains_key(number)).collect()
+                said.iter().copied().filter(|number| !replies.contains_key(number)).collect()
             };
-            if missing.is_empty() {
-                return Ok(sent);
+            if missing.is_empty() && !said.is_empty() {
+                return Ok(said.len());
             }
-            ensure!(Instant::now() < end, "of {sent} pings these were never answered: {missing:?}");
+            ensure!(Instant::now() < end, "of {} answers these were never heard: {missing:?}", said.len());
             std::thread::sleep(PERIOD);
         }
     }
@@ -143,5 +145,38 @@ fn receive(socket: &OwnedFd, from: Ipv4Addr) -> Option<u16> {
         if length >= IP_BYTES + ECHO_BYTES && ours {
             return Some(u16::from_be_bytes([echo[6], echo[7]]));
         }
+    }
+}
+
+/// What a guest answers, heard on its network card, before the gate.
+#[derive(Debug)]
+pub(crate) struct Said(PathBuf);
+
+impl Said {
+    /// From now on, until the host is switched off or a new one is started there.
+    pub(crate) fn start(lab: &Lab, host: HostName, guest: &str) -> Result<Self> {
+        let file = lab.dir().shared().join(format!("said-{host}"));
+        let path = file.display();
+        lab.shell(
+            host,
+            &format!(
+                "kill $(cat /run/lab/said.pid 2>/dev/null) 2>/dev/null; rm -f {path} {path}.log
+                card=$(virsh domiflist {guest} | awk '$2 == \"bridge\" {{ print $1 }}')
+                tcpdump -i $card -Q in --immediate-mode -l -n -Z root icmp > {path} 2> {path}.log < /dev/null &
+                echo $! > /run/lab/said.pid
+                for i in $(seq 100); do grep -q 'listening on' {path}.log && exit 0; sleep 0.1; done
+                cat {path}.log >&2; exit 1"
+            ),
+        )?;
+        Ok(Self(file))
+    }
+
+    fn numbers(&self) -> Result<BTreeSet<u16>> {
+        let lines = std::fs::read_to_string(&self.0).context("no recording of the guest's answers")?;
+        let number = |line: &str| {
+            let rest = line.split_once("echo reply, ")?.1.split_once("seq ")?.1;
+            rest.split_once(',')?.0.parse().ok()
+        };
+        Ok(lines.lines().filter_map(number).collect())
     }
 }
