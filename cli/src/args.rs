@@ -1,6 +1,7 @@
 //! The command line.
 
 use clap::{Parser, Subcommand};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 /// Keeps virtual machines alive through the death of their host.
@@ -38,6 +39,37 @@ pub(crate) enum Command {
     /// With --json the answer is {"agents":{"primary":..,"backup":..},"guests":[..]}: for each agent "running" or
     /// why it did not answer, and a guest for each agent that knows it. Names of fields carry their unit.
     Status(StatusArgs),
+    /// Find out, from outside, whether a guest ever takes back what it has said: run it somewhere on the network during
+    /// failovers, while `understudy respond` runs in the guest.
+    Verify(VerifyArgs),
+    /// Answer `understudy verify`. Run it in the guest; it needs no agent.
+    Respond(RespondArgs),
+}
+
+/// Where the responder listens unless told otherwise.
+const RESPONDER_PORT: u16 = 7422;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct VerifyArgs {
+    /// Addresses of the guest, IPv4 or IPv6; each is asked over UDP and TCP.
+    #[arg(required = true, value_name = "ADDRESS")]
+    pub addresses: Vec<IpAddr>,
+    /// Where the responder listens.
+    #[arg(long, default_value_t = RESPONDER_PORT)]
+    pub port: u16,
+    /// How long to go on.
+    #[arg(long = "for", value_name = "SECONDS", default_value_t = 60)]
+    pub seconds: u32,
+    /// The verdict as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RespondArgs {
+    /// Where to listen.
+    #[arg(long, default_value_t = RESPONDER_PORT)]
+    pub port: u16,
 }
 
 #[derive(Debug, clap::Args)]
@@ -53,6 +85,9 @@ pub(crate) struct ProtectArgs {
     /// Replicate over plain TCP: whoever can read or change the network's traffic reads or changes the guest.
     #[arg(long)]
     pub insecure: bool,
+    /// Let the guest's output through as it comes: after a failover clients may have seen what the guest never said.
+    #[arg(long)]
+    pub ungated: bool,
 }
 
 #[derive(Debug, clap::Args)]

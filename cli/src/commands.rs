@@ -16,6 +16,7 @@ pub(crate) async fn protect(run_dir: &Path, args: &ProtectArgs) -> Result<(), Fa
         to: args.to.clone(),
         epoch: args.epoch_ms.map(|ms| Duration::from_millis(ms.into())),
         insecure: args.insecure,
+        ungated: args.ungated,
     };
     follow(agent.protect(request).await?).await.map(drop)
 }

@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod progress;
 mod status;
+mod verify;
 
 use args::{Args, Command};
 use clap::Parser;
@@ -39,5 +40,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
         Command::Unprotect { domain } => commands::unprotect(sockets, domain).await,
         Command::Failover(a) => commands::failover(sockets, a).await,
         Command::Status(a) => status::status(sockets, a).await,
+        Command::Verify(a) => verify::verify(a).await,
+        Command::Respond(a) => verify::respond(a).await,
     }
 }

@@ -226,6 +226,7 @@ impl Connection {
         let sink = || Arc::clone(&queue) as Arc<dyn Sink>;
         let mut subscriptions =
             vec![sys::subscribe_lifecycle(self.connect(), domain.raw(), sink()).map_err(refused)?];
+        subscriptions.extend(sys::subscribe_devices(self.connect(), domain.raw(), &sink()).map_err(refused)?);
         let qmp = match sys::subscribe_qmp(self.connect(), domain.raw(), sink()) {
             Ok(subscription) => {
                 subscriptions.push(subscription);

@@ -64,6 +64,8 @@ pub enum DomainEvent {
         /// Why, in libvirt's terms (`destroyed`, `crashed`, `migrated`, ...); the bare number if it is a new one.
         detail: String,
     },
+    /// A device was plugged in or out: the domain's XML has changed.
+    Devices,
     /// So many events were dropped here because the consumer was too slow: ask for the present state anew.
     Lost {
         /// How many.

@@ -31,6 +31,10 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub epoch_ms: u32,
 
+    /// Time a guest runs at least between two checkpoints when its output waits, in milliseconds.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    pub output_floor_ms: u32,
+
     /// Name of this host in messages; libvirt's name for it by default.
     #[arg(long, value_name = "NAME")]
     pub host_name: Option<String>,

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use understudy_libvirt::domain_xml::DomainFacts;
 use understudy_libvirt::preflight::{self, Backup, Inputs, Refusal};
 use understudy_libvirt::{Connection, Domain, LibvirtError, Monitor};
 use understudy_proto::control::{self, ControlFile, Role};
@@ -13,9 +14,10 @@ use understudy_proto::rpc::admin::ProtectRequest;
 use understudy_proto::rpc::epoch::{Hello, ProbeReply, ProbeRequest};
 use understudy_proto::rpc::{EpochsClient, Failure, FailureKind, transport};
 
-use crate::agent::{Agent, Barrier, LibvirtGuest, Plan};
+use crate::agent::{Agent, Barrier, Gate, LibvirtGuest, Output, Plan};
 use crate::capture::{ColoOptions, ColoSource};
 use crate::config;
+use crate::egress::{self, NetlinkGate, SharedKeeper};
 use crate::engine::Settings;
 use crate::state_file::ProtectedGuest;
 
@@ -72,12 +74,17 @@ pub async fn examine(
     if !refusals.is_empty() {
         return Err(refused(&request.domain, &refusals));
     }
+    if !request.ungated {
+        let facts = facts.guest.facts.clone();
+        blocking(move || gateable(&facts)).await??;
+    }
     let wanted = ProtectedGuest {
         guest: id,
         name: facts.domain.name().to_owned(),
         to: request.to.clone(),
         epoch_ms: u32::try_from(epoch.as_millis()).unwrap_or(u32::MAX),
         generation,
+        ungated: request.ungated,
     };
     let plan = plan(agent, &wanted, facts, true)?;
     Ok((wanted, plan))
@@ -218,6 +225,39 @@ fn backup(reply: &ProbeReply, machine: &str, generation: Generation) -> Backup {
     }
 }
 
+/// Whether everything the guest sends can be held back.
+fn gateable(facts: &DomainFacts) -> Result<(), Failure> {
+    let refused = |reason: String, remedy: String| {
+        Failure::new(FailureKind::FailedPrecondition, "output-not-gated", reason).with_remedy(remedy)
+    };
+    let ports = egress::ports(facts).map_err(|refusals| {
+        let remedy = refusals.first().map(|first| first.remedy.clone()).unwrap_or_default();
+        refused(refusals.into_iter().map(|r| r.reason).collect::<Vec<_>>().join("; "), remedy)
+    })?;
+    NetlinkGate::check(&ports).map_err(|error| {
+        refused(
+            error.to_string(),
+            "do as it says, or give --ungated to protect the guest without output commit".to_owned(),
+        )
+    })
+}
+
+/// What becomes of the guest's output: the gate is made, open, when the protection starts.
+fn output(wanted: &ProtectedGuest, facts: &DomainFacts) -> Output {
+    if wanted.ungated {
+        return Output::Ungated;
+    }
+    let ports = egress::ports(facts);
+    Output::Gated(Box::new(move || {
+        let ports = ports.map_err(|refusals| egress::GateError::Hole {
+            reason: refusals.into_iter().map(|refusal| refusal.reason).collect::<Vec<_>>().join("; "),
+        })?;
+        let (gate, engine) = NetlinkGate::install(&ports)?;
+        let watch = gate.watch()?;
+        Ok(Gate::new(SharedKeeper::new(engine, Box::new(gate)), Some(watch)))
+    }))
+}
+
 fn refused(domain: &str, refusals: &[Refusal]) -> Failure {
     let kind = FailureKind::FailedPrecondition;
     match refusals {
@@ -237,6 +277,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
     let internal = |code, reason: String| Failure::new(FailureKind::Internal, code, reason);
     let qemu_version = facts.guest.qemu.as_ref().map(|qemu| qemu.version.to_string());
     let domain = facts.domain.clone();
+    let output = output(wanted, &facts.guest.facts);
     let guest = Arc::new(LibvirtGuest::new(facts.domain));
     let monitor: Arc<dyn Monitor> = Arc::clone(&guest) as Arc<dyn Monitor>;
     let source =
@@ -258,6 +299,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
         settings: Settings {
             generation: wanted.generation,
             epoch: Duration::from_millis(wanted.epoch_ms.into()),
+            floor: Duration::from_millis(agent.config.output_floor_ms.into()),
             attended,
             // No agent opens a stream every microsecond, so a later agent begins above an earlier one.
             first_session: u64::try_from(since_1970.as_micros()).unwrap_or(1),
@@ -267,6 +309,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
         host: guest,
         source: Box::new(source),
         barrier: barrier(agent, &domain),
+        output,
     })
 }
 
@@ -286,7 +329,7 @@ fn options(agent: &Agent) -> ColoOptions {
     ColoOptions { checkpoint_limit: DUMP_LIMIT, silence_stopped: DUMP_LIMIT, ..options }
 }
 
-/// What is done at every stop: nothing, until there is a gate or disks.
+/// What is done at every stop beside the gate: nothing, until there are disks.
 #[cfg(not(feature = "test-hooks"))]
 fn barrier(_agent: &Agent, _domain: &Domain) -> Barrier {
     Box::new(|_| Ok(()))

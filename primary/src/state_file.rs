@@ -95,6 +95,7 @@ mod tests {
             to: "beta".into(),
             epoch_ms: 100,
             generation: Generation(2),
+            ungated: false,
         }]
     }
 

@@ -53,6 +53,9 @@ pub struct ProtectedGuest {
     pub epoch_ms: u32,
     /// Its owner.
     pub generation: Generation,
+    /// Its output is let through as it comes.
+    #[serde(default)]
+    pub ungated: bool,
 }
 
 /// A state file that cannot be used, in words.
@@ -120,6 +123,7 @@ mod tests {
             to: "beta".into(),
             epoch_ms: 100,
             generation: Generation(2),
+            ungated: false,
         }]
     }
 

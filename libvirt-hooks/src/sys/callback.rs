@@ -132,6 +132,43 @@ pub(crate) fn subscribe_lifecycle(
     Ok(Subscription { connect: connect.clone(), id, qmp: false, token })
 }
 
+/// Subscribes to devices being plugged into `domain`, and out of it.
+pub(crate) fn subscribe_devices(
+    connect: &Link,
+    domain: &Domain,
+    sink: &Arc<dyn Sink>,
+) -> Result<[Subscription; 2], Error> {
+    type Specific = unsafe extern "C" fn(virConnectPtr, virDomainPtr, *const c_char, *mut c_void);
+    type Generic = unsafe extern "C" fn(virConnectPtr, virDomainPtr, *mut c_void);
+    let subscribe = |event: c_uint| {
+        let token = Token::new(Arc::clone(sink));
+        // SAFETY: libvirt's documented way: the callback of the events DEVICE_ADDED and DEVICE_REMOVED, which have the
+        // same arguments, is passed as the generic type and cast back to `Specific` by libvirt before it is called; both
+        // are plain C function pointers.
+        let callback = unsafe { std::mem::transmute::<Specific, Generic>(on_device) };
+        // SAFETY: both pointers are valid while their owners live, and libvirt takes references of its own; `opaque` is
+        // only handed back, and needs no freeing.
+        let id = unsafe {
+            virt_sys::virConnectDomainEventRegisterAny(
+                connect.as_ptr(),
+                domain.as_ptr(),
+                event.cast_signed(),
+                Some(callback),
+                token.opaque(),
+                None,
+            )
+        };
+        if id < 0 {
+            return Err(Error::last_error());
+        }
+        Ok(Subscription { connect: connect.clone(), id, qmp: false, token })
+    };
+    Ok([
+        subscribe(virt_sys::VIR_DOMAIN_EVENT_ID_DEVICE_ADDED)?,
+        subscribe(virt_sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED)?,
+    ])
+}
+
 /// Subscribes to all events of QEMU's monitor of `domain`.
 pub(crate) fn subscribe_qmp(
     connect: &Link,
@@ -217,6 +254,10 @@ unsafe extern "C" fn on_lifecycle(
         DomainEvent::Lifecycle { kind, detail: detail_name(kind, detail) }
     });
     0
+}
+
+unsafe extern "C" fn on_device(_: virConnectPtr, _: virDomainPtr, _: *const c_char, opaque: *mut c_void) {
+    deliver(opaque, || DomainEvent::Devices);
 }
 
 unsafe extern "C" fn on_qmp(

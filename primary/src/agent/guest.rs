@@ -15,7 +15,10 @@ use understudy_proto::rpc::epoch::{GoodbyeReason, Hello};
 
 use super::capturer::{self, Barrier, Call, Capturer};
 use super::host::GuestHost;
+use super::output::{Gate, Output};
+use super::stall::Pulse;
 use crate::capture::CheckpointSource;
+use crate::egress::SharedKeeper;
 use crate::engine::{Command, Engine, Event, Outcome, OutcomeKind, Settings};
 use crate::replicate::{self, EpochSink, FullProgress, Replicator, feed};
 use crate::stats::Stats;
@@ -48,6 +51,8 @@ pub struct Plan {
     pub source: Box<dyn CheckpointSource>,
     /// What is done at every stop.
     pub barrier: Barrier,
+    /// What becomes of the guest's output.
+    pub output: Output,
 }
 
 impl std::fmt::Debug for Plan {
@@ -92,6 +97,8 @@ pub struct Handle {
     pub wishes: mpsc::Sender<Wish>,
     /// What is known.
     pub snapshot: watch::Receiver<Snapshot>,
+    /// What holds the guest's output.
+    pub gate: Option<SharedKeeper>,
 }
 
 /// Starts the protection.
@@ -104,8 +111,11 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     tokio::task::spawn_blocking(move || host.subscribe(events)).await.map_err(|e| e.to_string())??;
 
     let name = plan.hello.guest_name.clone();
-    let (capturer, captures) = Capturer::spawn(&name, plan.source, Arc::clone(&plan.host), plan.barrier)
-        .map_err(|error| format!("cannot start a thread: {error}"))?;
+    let gate = plan.output.make().await?;
+    let keeper = gate.as_ref().map(|gate| gate.keeper.clone());
+    let (capturer, captures) =
+        Capturer::spawn(&name, plan.source, Arc::clone(&plan.host), plan.barrier, keeper.clone())
+            .map_err(|error| format!("cannot start a thread: {error}"))?;
     let (replicator, status) =
         (plan.hello.clone(), initial_status(&plan.hello, &plan.to, &plan.libvirt_version));
     let (reports_in, reports) = mpsc::channel(64);
@@ -140,10 +150,13 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
         memory_bytes: MEMORY_BYTES_UNKNOWN,
         committed_at: None,
         published_at: Instant::now(),
+        pulse: Pulse::new(Instant::now()),
         outcome: None,
+        gate,
+        shown: (GuestState::Seeding, String::new()),
     };
     tokio::spawn(guest.run().instrument(span));
-    Ok(Handle { wishes: wishes_in, snapshot })
+    Ok(Handle { wishes: wishes_in, snapshot, gate: keeper })
 }
 
 fn initial_status(hello: &Hello, to: &str, libvirt_version: &str) -> GuestStatus {
@@ -165,19 +178,19 @@ pub(super) fn waiting_status(guest: GuestId, name: &str, to: &str, detail: Strin
     status
 }
 
-struct Guest {
+pub(super) struct Guest {
     epoch: Duration,
     generation: understudy_proto::ids::Generation,
     engine: Engine,
-    host: Arc<dyn GuestHost>,
-    capturer: Capturer,
+    pub(super) host: Arc<dyn GuestHost>,
+    pub(super) capturer: Capturer,
     captures: mpsc::Receiver<capturer::Report>,
     orders: mpsc::Sender<replicate::Order>,
     reports: mpsc::Receiver<replicate::Report>,
     stream: Option<JoinHandle<()>>,
     domain_events: mpsc::Sender<DomainEvent>,
     domain_inbox: mpsc::Receiver<DomainEvent>,
-    answers_in: mpsc::Sender<Event>,
+    pub(super) answers_in: mpsc::Sender<Event>,
     answers: mpsc::Receiver<Event>,
     wishes: mpsc::Receiver<Wish>,
     snapshots: watch::Sender<Snapshot>,
@@ -187,7 +200,12 @@ struct Guest {
     memory_bytes: u64,
     committed_at: Option<Instant>,
     published_at: Instant,
+    pulse: Pulse,
     outcome: Option<Outcome>,
+    /// `None`: output goes as it comes.
+    pub(super) gate: Option<Gate>,
+    /// State and reason that others have seen last.
+    shown: (GuestState, String),
 }
 
 /// What the owner waits for.
@@ -197,6 +215,8 @@ enum Turn {
     Domain(DomainEvent),
     Answer(Event),
     Wish(Wish),
+    /// A frame of the guest may wait.
+    Frame,
     Due,
 }
 
@@ -208,18 +228,36 @@ impl Guest {
                 self.publish(true);
                 return;
             }
-            match self.select().await {
+            let turn = self.select().await;
+            if let Some(still) = self.pulse.beat(Instant::now()) {
+                warn!(ms = still.as_millis(), "this agent stood still");
+                self.apply_all(Event::StoodStill(still)).await;
+            }
+            match turn {
                 Turn::Capture(Some(report)) => self.capture_report(report).await,
                 Turn::Stream(Some(report)) => self.stream_report(report).await,
                 Turn::Domain(event) => {
                     if let DomainEvent::Qmp(event) = &event {
                         self.stats.pause.event(event);
                     }
+                    if matches!(event, DomainEvent::Devices | DomainEvent::Lost { .. }) {
+                        self.follow_interfaces();
+                    }
                     self.apply_all(Event::Domain(event)).await;
                 }
-                Turn::Answer(event) => self.apply_all(event).await,
+                Turn::Answer(event) => {
+                    if matches!(event, Event::Subscribed) {
+                        self.follow_interfaces();
+                    }
+                    self.apply_all(event).await;
+                }
                 Turn::Wish(Wish::Unprotect) => self.apply_all(Event::Unprotect).await,
                 Turn::Wish(Wish::Shutdown) => self.apply_all(Event::Shutdown).await,
+                Turn::Frame => {
+                    if let Some(pressing) = self.gate.as_mut().and_then(Gate::frame) {
+                        self.apply_all(Event::OutputWaiting { pressing }).await;
+                    }
+                }
                 Turn::Due => self.apply_all(Event::Tick).await,
                 Turn::Capture(None) | Turn::Stream(None) => {
                     // Only a panic there ends one of them before this does.
@@ -246,6 +284,7 @@ impl Guest {
             Some(event) = self.domain_inbox.recv() => Turn::Domain(event),
             Some(event) = self.answers.recv() => Turn::Answer(event),
             Some(wish) = self.wishes.recv() => Turn::Wish(wish),
+            () = Gate::wait(self.gate.as_ref()) => Turn::Frame,
             () = tokio::time::sleep_until(due.into()) => Turn::Due,
         }
     }
@@ -256,6 +295,9 @@ impl Guest {
         }
         if let Some(pages) = report.pages {
             self.stats.dirty_pages.push(pages);
+        }
+        if let (Event::Armed { .. } | Event::Captured, Some(gate)) = (&report.event, &mut self.gate) {
+            gate.epoch_begins();
         }
         if let Event::CaptureFailed(failure) = &report.event {
             warn!(reason = failure.reason, "capture ended");
@@ -268,7 +310,12 @@ impl Guest {
             replicate::Report::Connected(session, ack) => Event::Connected { session, ack },
             replicate::Report::Disconnected(session, reason) => Event::Disconnected { session, reason },
             replicate::Report::Refused(session, refused) => Event::Refused { session, refused },
-            replicate::Report::Acked(session, at) => Event::Acked { session, at },
+            replicate::Report::Acked(session, at) => {
+                if let Some(bytes) = self.gate.as_ref().and_then(Gate::bytes) {
+                    self.apply_all(Event::OutputHeld { bytes }).await;
+                }
+                Event::Acked { session, at }
+            }
             replicate::Report::Rejected(session, reject) => Event::Rejected { session, reject },
             replicate::Report::Standby(standby) => {
                 let text = match standby.text.as_str() {
@@ -300,22 +347,21 @@ impl Guest {
             }
             Command::Start => self.capturer.call(Call::Start),
             Command::WaitReady => self.capturer.call(Call::WaitReady),
-            Command::Checkpoint(epoch) => {
-                self.stats.pause.checkpoint();
-                let sink = self.feed(epoch, EpochKind::Delta).await;
-                self.capturer.call(Call::Checkpoint { epoch, sink });
-            }
+            Command::Checkpoint(epoch) => self.checkpoint(epoch, false).await,
+            Command::CheckpointHeld(epoch) => self.checkpoint(epoch, true).await,
             Command::Interrupt => self.capturer.interrupt(),
             Command::Disarm => self.capturer.call(Call::Disarm),
             Command::Rescue => self.capturer.call(Call::Rescue),
             Command::Resend => self.order(replicate::Order::Resend).await,
             Command::Forget => self.order(replicate::Order::Forget).await,
             Command::Release(committed) => {
+                let epoch = committed.epoch();
+                self.release(committed);
                 self.committed_at = Some(Instant::now());
                 self.stats.epochs_total += 1;
-                if self.stats.last_full == Some(committed.epoch()) {
+                if self.stats.last_full == Some(epoch) {
                     self.stats.full_copies_total += 1;
-                    info!(epoch = %committed.epoch(), "full copy committed");
+                    info!(%epoch, "full copy committed");
                 }
                 self.order(replicate::Order::Forget).await;
             }
@@ -352,7 +398,16 @@ impl Guest {
             // Bounded by the replicator's own limit.
             let _ = stream.await;
         }
+        if let Some(gate) = &self.gate {
+            gate.end(&outcome, goodbye.is_some()).await;
+        }
         self.outcome = Some(outcome);
+    }
+
+    async fn checkpoint(&mut self, epoch: EpochId, hold: bool) {
+        self.stats.pause.checkpoint();
+        let sink = self.feed(epoch, EpochKind::Delta).await;
+        self.capturer.call(Call::Checkpoint { epoch, hold, sink });
     }
 
     async fn feed(&mut self, epoch: EpochId, kind: EpochKind) -> EpochSink {
@@ -404,11 +459,9 @@ impl Guest {
     /// Brings what others see up to date: at once when the state changed, now and then when only numbers did.
     fn publish(&mut self, last: bool) {
         let view = self.engine.view();
-        let old = self.snapshots.borrow();
-        let changed = (old.status.state, old.status.detail.as_str()) != (view.state, view.detail.as_str())
-            || old.status.committed_epoch.is_none() != view.committed.is_none();
-        let old_state = old.status.state;
-        drop(old);
+        let first = self.snapshots.borrow().status.committed_epoch.is_none() != view.committed.is_none();
+        let old_state = self.shown.0;
+        let changed = (old_state, self.shown.1.as_str()) != (view.state, view.detail.as_str()) || first;
         if !(changed || last || self.published_at.elapsed() >= STATUS_INTERVAL) {
             return;
         }
@@ -416,6 +469,8 @@ impl Guest {
             info!(from = old_state.label(), to = view.state.label(), detail = view.detail, "state");
         }
         self.published_at = Instant::now();
+        self.shown = (view.state, view.detail.clone());
+        let output = Gate::seen(self.gate.as_mut(), view.state, last);
         let ms = |pause: Duration| pause.as_secs_f64() * 1000.0;
         let pauses = self.stats.pause.pauses.quantiles();
         let pages = self.stats.dirty_pages.quantiles();
@@ -423,7 +478,14 @@ impl Guest {
         self.snapshots.send_modify(|snapshot| {
             let status = &mut snapshot.status;
             status.state = view.state;
-            status.detail = view.detail;
+            status.detail = [view.detail, output.remark]
+                .into_iter()
+                .filter(|part| !part.is_empty())
+                .collect::<Vec<_>>()
+                .join("; ");
+            status.output = output.text;
+            status.output_waiting_bytes = output.held.map(|held| held.bytes);
+            status.output_dropped_total = output.held.map(|held| held.dropped);
             status.committed_epoch = view.committed;
             status.epochs_total = self.stats.epochs_total;
             status.full_copies_total = self.stats.full_copies_total;

@@ -14,6 +14,7 @@ use understudy_libvirt::{
 
 use super::capturer::failure;
 use crate::capture::{self, CaptureError};
+use crate::egress::{self, Port};
 use crate::engine::CaptureFailure;
 
 /// How often a thread that waits for events looks whether anyone still wants them.
@@ -32,6 +33,14 @@ pub trait GuestHost: Send + Sync {
 
     /// Stops the guest for good. A guest that does not exist any more is stopped.
     fn pause(&self) -> Result<(), String>;
+
+    /// The devices of this host that the guest sends through now.
+    ///
+    /// # Errors
+    /// Also if one of its interfaces cannot be gated.
+    fn ports(&self) -> Result<Vec<Port>, String> {
+        Ok(Vec::new())
+    }
 
     /// Brings QEMU out of COLO after a capture that could not.
     ///
@@ -109,6 +118,14 @@ impl GuestHost for LibvirtGuest {
             Ok(_) | Err(MonitorError::Gone { .. }) => Ok(()),
             Err(error) => Err(text(error)),
         }
+    }
+
+    fn ports(&self) -> Result<Vec<Port>, String> {
+        let xml = self.reconnected().and_then(|domain| domain.xml(XmlFlags::default())).map_err(text)?;
+        let facts = domain_xml::DomainFacts::parse(&xml).map_err(text)?;
+        egress::ports(&facts).map_err(|refusals| {
+            refusals.into_iter().map(|refusal| refusal.reason).collect::<Vec<_>>().join("; ")
+        })
     }
 
     fn rescue(&self) -> Result<(), CaptureFailure> {

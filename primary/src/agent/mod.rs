@@ -3,7 +3,9 @@
 mod capturer;
 mod guest;
 mod host;
+mod output;
 mod restart;
+mod stall;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +20,7 @@ use understudy_proto::rpc::{Failure, FailureKind};
 pub use capturer::Barrier;
 pub use guest::{Handle, Plan, Snapshot, Wish, start};
 pub use host::{GuestHost, LibvirtGuest};
+pub use output::{Gate, Output};
 
 use crate::config::Config;
 use crate::engine::{Outcome, OutcomeKind};
@@ -230,7 +233,10 @@ impl Agent {
             _ => None,
         };
         let Some((wishes, mut snapshot)) = owner else {
-            self.lock().remove(&guest);
+            let known = self.lock().remove(&guest);
+            if let Some(Entry { state: State::Owned(handle), .. }) = known {
+                output::let_out(handle.gate).await;
+            }
             self.remember(None, guest).await?;
             return Ok("it was not protected any more; what was known of it is forgotten".to_owned());
         };

@@ -38,6 +38,16 @@ impl Checkpoints {
         self.link.send(Phase::Start, &PeerMessage::Ready.encode(), options.silence_stopped)
     }
 
+    /// Lets the guest run after a checkpoint that held it.
+    pub(super) fn loaded(&self, options: &ColoOptions) -> Result<(), CaptureError> {
+        let mut words = Vec::new();
+        if options.acknowledge != Acknowledge::Early {
+            words.extend(PeerMessage::Received.encode());
+        }
+        words.extend(PeerMessage::Loaded.encode());
+        self.link.send(Phase::Hold, &words, options.silence_stopped)
+    }
+
     /// Waits for REQUEST.
     pub(super) fn wait_request(&mut self, options: &ColoOptions) -> Result<(), CaptureError> {
         let phase = Phase::WaitReady;
@@ -58,10 +68,11 @@ impl Checkpoints {
         }
     }
 
-    /// The guest is known to run and QEMU has requested.
+    /// The guest is known to run and QEMU has requested. With `hold` it stays stopped until [`Self::loaded`].
     pub(super) fn take(
         &mut self,
         options: &ColoOptions,
+        hold: bool,
         barrier: &mut dyn FnMut() -> Result<(), String>,
         sink: &mut dyn PageSink,
     ) -> Result<Checkpoint, CaptureError> {
@@ -84,7 +95,7 @@ impl Checkpoints {
                     phase = Phase::Transfer;
                     barrier().map_err(|reason| CaptureError::Barrier { reason })?;
                     barrier_took = stopped.elapsed();
-                    if early {
+                    if early && !hold {
                         self.link.send(phase, &PeerMessage::Loaded.encode(), limit)?;
                     }
                 }
@@ -100,7 +111,7 @@ impl Checkpoints {
             }
         }
         let transfer = stopped.elapsed();
-        if !early {
+        if !early && !hold {
             let words = [PeerMessage::Received.encode(), PeerMessage::Loaded.encode()].concat();
             self.link.send(phase, &words, limit)?;
         }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use understudy_libvirt::{MonitorError, QemuVersion};
+use understudy_libvirt::{MonitorError, QemuVersion, RunState};
 use understudy_proto::qemu::StreamError;
 
 use super::{SinkClosed, Unsupported};
@@ -26,6 +26,8 @@ pub enum Phase {
     Stop,
     /// Reading an epoch.
     Transfer,
+    /// The guest stays stopped after a copy or a checkpoint.
+    Hold,
     /// Leaving COLO.
     Exit,
 }
@@ -40,6 +42,7 @@ impl fmt::Display for Phase {
             Self::WaitReady => "between two checkpoints",
             Self::Stop => "while stopping the guest",
             Self::Transfer => "while reading a checkpoint",
+            Self::Hold => "while the guest was held",
             Self::Exit => "while leaving COLO",
         })
     }
@@ -60,6 +63,12 @@ pub enum CaptureError {
     Barrier {
         /// The caller's words.
         reason: String,
+    },
+    /// The guest was to stay stopped and somebody else has let it run.
+    #[error("the guest has run on while it was to stay stopped (it is {state}): this agent may have hung")]
+    RanOn {
+        /// QEMU's word.
+        state: RunState,
     },
     /// QEMU sent what cannot be understood.
     #[error("{phase}: {source}")]

@@ -88,7 +88,8 @@ pub trait CheckpointSource: Send {
     /// See [`CaptureError`].
     fn arm(&mut self, sink: &mut dyn PageSink) -> Result<Armed, CaptureError>;
 
-    /// Lets the guest run after [`CheckpointSource::arm`]: put the barrier of the first epoch before this call.
+    /// Lets the guest run after [`CheckpointSource::arm`], or after a checkpoint that holds it: put the barrier of the
+    /// first epoch before this call.
     ///
     /// # Errors
     /// See [`CaptureError`].
@@ -113,6 +114,16 @@ pub trait CheckpointSource: Send {
         barrier: &mut dyn FnMut() -> Result<(), String>,
         sink: &mut dyn PageSink,
     ) -> Result<Checkpoint, CaptureError>;
+
+    /// The next checkpoint leaves the guest stopped, until [`CheckpointSource::start`].
+    fn hold_next(&mut self);
+
+    /// Makes sure that the guest has not run since the call that left it stopped. Somebody else may have let it run if
+    /// this process hung.
+    ///
+    /// # Errors
+    /// If it has, or that cannot be known.
+    fn still_stopped(&mut self) -> Result<(), CaptureError>;
 
     /// Ends capture cleanly; the guest runs on, or stays suspended if an operator has suspended it. Does nothing
     /// but to forget an interruption if the source is not armed.

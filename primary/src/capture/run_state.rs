@@ -183,7 +183,7 @@ impl RunTracker {
             }
             DomainEvent::Lifecycle { kind: Lifecycle::Crashed, .. } => self.end(EndReason::Panicked),
             // A domain that is undefined while it runs runs on; the rest is said by QEMU's own events.
-            DomainEvent::Lifecycle { .. } => {}
+            DomainEvent::Lifecycle { .. } | DomainEvent::Devices => {}
             DomainEvent::Lost { .. } => self.ask_anew(),
             DomainEvent::ConnectionClosed { .. } => {
                 self.ask_anew();

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use tracing::{info, warn};
-use understudy_libvirt::{Monitor, QemuVersion, qmp};
+use understudy_libvirt::{Monitor, QemuVersion, RunState, qmp};
 
 use super::checkpoint::Checkpoints;
 use super::exit::leave;
@@ -22,6 +22,8 @@ pub struct ColoSource {
     options: ColoOptions,
     interrupter: Interrupter,
     state: State,
+    /// The next checkpoint leaves the guest stopped.
+    hold: bool,
 }
 
 /// How far the guest's capture is.
@@ -29,6 +31,8 @@ enum State {
     Idle,
     /// Full copy complete, guest stopped.
     Stopped(Capture),
+    /// Checkpoint complete, guest stopped.
+    Held(Capture),
     /// Guest runs, no REQUEST yet.
     Running(Capture),
     /// Guest runs, REQUEST is here.
@@ -45,6 +49,7 @@ impl State {
         match self {
             Self::Idle => "not armed",
             Self::Stopped(_) => "not started",
+            Self::Held(_) => "held at a checkpoint",
             Self::Running(_) => "running",
             Self::Ready(_) => "ready for a checkpoint",
         }
@@ -68,7 +73,7 @@ impl ColoSource {
     pub fn new(monitor: Arc<dyn Monitor>, options: ColoOptions) -> Result<Self, CaptureError> {
         let interrupter =
             Interrupter::new().map_err(|source| CaptureError::Socket { phase: Phase::Setup, source })?;
-        Ok(Self { monitor, options, interrupter, state: State::Idle })
+        Ok(Self { monitor, options, interrupter, state: State::Idle, hold: false })
     }
 
     /// What can be refused without touching anything.
@@ -181,6 +186,7 @@ impl CheckpointSource for ColoSource {
     fn start(&mut self) -> Result<(), CaptureError> {
         match self.take() {
             State::Stopped(capture) => self.step(capture, State::Running, |c, options| c.ready(options)),
+            State::Held(capture) => self.step(capture, State::Running, |c, options| c.loaded(options)),
             other => Err(self.out_of_turn("start", other)),
         }
     }
@@ -201,20 +207,38 @@ impl CheckpointSource for ColoSource {
         barrier: &mut dyn FnMut() -> Result<(), String>,
         sink: &mut dyn PageSink,
     ) -> Result<Checkpoint, CaptureError> {
+        let hold = std::mem::take(&mut self.hold);
+        let next = if hold { State::Held } else { State::Running };
         match self.take() {
             State::Ready(capture) => {
-                self.step(capture, State::Running, |c, options| c.take(options, barrier, sink))
+                self.step(capture, next, |c, options| c.take(options, hold, barrier, sink))
             }
             other => Err(self.out_of_turn("checkpoint", other)),
         }
     }
 
+    fn hold_next(&mut self) {
+        self.hold = true;
+    }
+
+    fn still_stopped(&mut self) -> Result<(), CaptureError> {
+        let monitor = self.monitor.as_ref();
+        let error = |source| CaptureError::Monitor { phase: Phase::Hold, source };
+        // QEMU enters COLO only by us, and nothing but the end of COLO or our word lets the guest run.
+        let mode = qmp::query_colo_mode(monitor).map_err(error)?;
+        let state = qmp::query_status(monitor).map_err(error)?;
+        let ours = matches!(self.state, State::Stopped(_) | State::Held(_)) && mode == "primary";
+        if ours && state != RunState::Running { Ok(()) } else { Err(CaptureError::RanOn { state }) }
+    }
+
     fn disarm(&mut self) -> Result<(), CaptureError> {
+        self.hold = false;
         let result = match self.take() {
             State::Idle => Ok(()),
-            State::Stopped(capture) | State::Running(capture) | State::Ready(capture) => {
-                self.end(Some(capture.checkpoints.link), capture.settings)
-            }
+            State::Stopped(capture)
+            | State::Held(capture)
+            | State::Running(capture)
+            | State::Ready(capture) => self.end(Some(capture.checkpoints.link), capture.settings),
         };
         self.interrupter.clear();
         result

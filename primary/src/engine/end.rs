@@ -116,7 +116,7 @@ impl Engine {
         // Not within a checkpoint: QEMU would forget it when it lets the guest run.
         if let Some(end) = &mut self.end
             && end.pause == Pause::AtOnce
-            && self.capture != Capture::Stopping
+            && !matches!(self.capture, Capture::Stopping { .. })
         {
             out.push(Command::PauseGuest);
             end.pause = Pause::Asked;

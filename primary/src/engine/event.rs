@@ -17,6 +17,8 @@ pub struct Settings {
     pub generation: Generation,
     /// The guest runs this long between two stops.
     pub epoch: Duration,
+    /// It runs at least this long if its output waits.
+    pub floor: Duration,
     /// An operator waits for the first commit: until then a failure ends the protection instead of being retried.
     pub attended: bool,
     /// Number of the first stream to the backup; larger than any an earlier agent of this host used.
@@ -72,7 +74,10 @@ pub enum Event {
         reject: Reject,
     },
     /// The full copy is complete and on its way; the guest is stopped.
-    Armed,
+    Armed {
+        /// It must stay so until the copy is committed: the gate holds output of which nobody knows the epochs.
+        stay_stopped: bool,
+    },
     /// The guest runs and can be stopped for a checkpoint.
     Ready,
     /// A checkpoint is complete and on its way; the guest runs.
@@ -85,6 +90,21 @@ pub enum Event {
     Rescued(Result<(), CaptureFailure>),
     /// [`Command::PauseGuest`] is done (or there is no guest any more), or has failed for the reason given.
     Paused(Result<(), String>),
+    /// A frame of the guest waits in the gate since its last stop.
+    OutputWaiting {
+        /// So much waits that nothing else matters.
+        pressing: bool,
+    },
+    /// So many bytes are in the gate at a moment that counts: just before a commit is taken.
+    OutputHeld {
+        /// All of them, sealed or not.
+        bytes: u64,
+    },
+    /// The gate has not released what it was told to, for the reason given. What it holds waits for a full copy.
+    OutputFailed(String),
+    /// The agent did nothing for so long that it may have been taken for dead: what has arrived meanwhile may be out of
+    /// date.
+    StoodStill(Duration),
     /// An operator ends the protection.
     Unprotect,
     /// The agent ends; the protection is to go on with the next one.
@@ -114,7 +134,7 @@ pub enum Command {
     },
     /// Begin a full copy that becomes this epoch.
     Arm(EpochId),
-    /// Let the guest run after the full copy, then wait until it can be stopped.
+    /// Let the guest run after the full copy, or after a checkpoint that holds it, then wait until it can be stopped.
     Start,
     /// Wait until the guest can be stopped.
     WaitReady,
@@ -122,6 +142,8 @@ pub enum Command {
     Checkpoint(EpochId),
     /// Make the call of the capture that is under way return.
     Interrupt,
+    /// Stop the guest and capture this epoch; it stays stopped until [`Command::Start`].
+    CheckpointHeld(EpochId),
     /// End the capture; the guest runs on.
     Disarm,
     /// Bring QEMU out of COLO after a capture that failed to do so itself.

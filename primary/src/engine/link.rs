@@ -122,6 +122,15 @@ impl Engine {
         }
     }
 
+    /// An acknowledgement from before may be of a guest that runs on the backup since: nothing is released before the
+    /// backup has confirmed on a new stream that it is still one (invariant 4).
+    pub(super) fn stood_still(&mut self, still: Duration, out: &mut Vec<Command>) {
+        if self.link.is_up() && self.window.as_ref().is_some_and(|window| window.captured.is_some()) {
+            let reason = format!("this agent stood still for {} ms", still.as_millis());
+            self.disconnected(self.link.session, reason, out);
+        }
+    }
+
     pub(super) fn refused(&mut self, session: u64, refused: Refused, out: &mut Vec<Command>) {
         if !self.link.is_current(session) {
             return;
@@ -172,6 +181,7 @@ impl Engine {
                     self.arm_failures = 0;
                 }
                 out.push(Command::Release(committed));
+                self.let_held_run(out);
             }
             Err((captured, error)) => {
                 self.window = Some(super::InFlight { captured: Some(captured), ..window });

@@ -18,6 +18,7 @@
 mod end;
 mod event;
 mod link;
+mod output;
 mod view;
 
 use std::time::{Duration, Instant};
@@ -33,6 +34,7 @@ pub use event::{CaptureFailure, Command, Event, Outcome, OutcomeKind, Settings, 
 
 use end::End;
 use link::Link;
+use output::Pace;
 
 /// Between two questions to a QEMU whose answer does not help.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
@@ -63,7 +65,7 @@ pub struct Engine {
     /// Why a full copy is needed, if one is.
     needs_full: Option<String>,
     next_epoch: EpochId,
-    next_stop: Instant,
+    pace: Pace,
     arm_at: Instant,
     arm_failures: u32,
     asking: Asking,
@@ -83,13 +85,20 @@ enum Capture {
     Arming {
         interrupted: bool,
     },
-    /// `fresh` until the guest has been seen running after the full copy.
+    /// The guest is stopped until its epoch is committed, or this moment comes.
+    Held {
+        until: Instant,
+        kind: EpochKind,
+    },
+    /// `since` until the guest has been seen running after it was held or copied.
     Waiting {
         interrupted: bool,
-        fresh: bool,
+        since: Option<EpochKind>,
     },
     Ready,
-    Stopping,
+    Stopping {
+        hold: bool,
+    },
     Disarming,
     /// QEMU may still be in COLO.
     Stuck {
@@ -128,7 +137,7 @@ impl Engine {
             committed: None,
             needs_full: Some("nothing is copied yet".to_owned()),
             next_epoch: EpochId(1),
-            next_stop: now,
+            pace: Pace::new(now),
             arm_at: now,
             arm_failures: 0,
             asking: Asking::From(now),
@@ -158,7 +167,7 @@ impl Engine {
         // Whatever is due already has been done by the last step, so none of these lies in the past.
         let guest = match self.run.verdict() {
             _ if !self.wants_guest() => None,
-            Verdict::Yes if self.capture == Capture::Ready => Some(self.next_stop),
+            Verdict::Yes if self.capture == Capture::Ready => Some(self.next_stop()),
             Verdict::Yes => Some(self.arm_at),
             Verdict::AskQemu(_) => match self.asking {
                 Asking::From(at) => Some(at),
@@ -168,6 +177,7 @@ impl Engine {
         };
         let rescue = match self.capture {
             Capture::Stuck { rescue_at } => Some(rescue_at),
+            Capture::Held { until, .. } => Some(until),
             _ => None,
         };
         let end = self.end.as_ref().filter(|_| self.capture == Capture::Idle).and_then(End::deadline);
@@ -198,7 +208,7 @@ impl Engine {
             Event::Refused { session, refused } => self.refused(session, refused, out),
             Event::Acked { session, at } => self.acked(session, at, out),
             Event::Rejected { session, reject } => self.rejected(session, &reject, now, out),
-            Event::Armed => self.armed(out),
+            Event::Armed { stay_stopped } => self.armed(stay_stopped, now, out),
             Event::Ready => self.ready(now),
             Event::Captured => self.captured(now, out),
             Event::CaptureFailed(failure) => self.capture_failed(failure, now, out),
@@ -210,6 +220,10 @@ impl Engine {
                 _ => self.let_go(),
             },
             Event::Paused(result) => self.paused(result, now),
+            Event::OutputWaiting { pressing } => self.output_waiting(pressing),
+            Event::OutputHeld { bytes } => self.output_held(bytes),
+            Event::OutputFailed(reason) => self.output_failed(&reason, now, out),
+            Event::StoodStill(still) => self.stood_still(still, out),
             Event::Unprotect => self.unprotect(),
             Event::Shutdown => self.shutdown(),
         }
@@ -232,35 +246,44 @@ impl Engine {
         }
     }
 
-    fn armed(&mut self, out: &mut Vec<Command>) {
+    fn armed(&mut self, stay_stopped: bool, now: Instant, out: &mut Vec<Command>) {
         if let Capture::Arming { interrupted } = self.capture {
             self.finish_capture();
+            self.end_epoch(now);
+            if stay_stopped && !interrupted {
+                self.hold(EpochKind::Full, now);
+                return;
+            }
             // Even when the copy is not wanted any more: the guest is stopped, and starting it is the way out.
-            self.capture = Capture::Waiting { interrupted, fresh: true };
+            self.capture = Capture::Waiting { interrupted, since: Some(EpochKind::Full) };
             out.push(Command::Start);
         }
     }
 
     fn ready(&mut self, now: Instant) {
-        if let Capture::Waiting { fresh, .. } = self.capture {
-            if fresh {
+        if let Capture::Waiting { since, .. } = self.capture {
+            if since == Some(EpochKind::Full) {
                 // The event that says so may have been lost.
                 self.precopy_over = true;
                 self.run.started();
-                self.next_stop = now + self.settings.epoch;
+            }
+            if since.is_some() {
+                self.run_on(now);
             }
             self.capture = Capture::Ready;
         }
     }
 
     fn captured(&mut self, now: Instant, out: &mut Vec<Command>) {
-        if self.capture != Capture::Stopping {
-            return;
-        }
+        let Capture::Stopping { hold } = self.capture else { return };
         self.run.checkpoint_done();
         self.finish_capture();
-        self.next_stop = now + self.settings.epoch;
-        self.capture = Capture::Waiting { interrupted: false, fresh: false };
+        self.end_epoch(now);
+        if hold {
+            self.hold(EpochKind::Delta, now);
+            return;
+        }
+        self.capture = Capture::Waiting { interrupted: false, since: None };
         out.push(Command::WaitReady);
     }
 
@@ -271,7 +294,7 @@ impl Engine {
     }
 
     fn capture_failed(&mut self, failure: CaptureFailure, now: Instant, out: &mut Vec<Command>) {
-        if self.capture == Capture::Stopping {
+        if matches!(self.capture, Capture::Stopping { .. }) {
             self.run.checkpoint_done();
         }
         let wanted = !matches!(
@@ -351,6 +374,7 @@ impl Engine {
             self.resubscribing = true;
             out.push(Command::Resubscribe);
         }
+        self.decide_held(now, out);
         if let Capture::Stuck { rescue_at } = self.capture
             && now >= rescue_at
         {
@@ -382,11 +406,12 @@ impl Engine {
                 self.capture = Capture::Arming { interrupted: false };
                 out.push(Command::Arm(epoch));
             }
-            Capture::Ready if now >= self.next_stop => {
+            Capture::Ready if now >= self.next_stop() => {
                 let epoch = self.take_epoch(EpochKind::Delta);
                 self.run.reply_sent();
-                self.capture = Capture::Stopping;
-                out.push(Command::Checkpoint(epoch));
+                let hold = self.pace.stopping(now);
+                self.capture = Capture::Stopping { hold };
+                out.push(if hold { Command::CheckpointHeld(epoch) } else { Command::Checkpoint(epoch) });
             }
             _ => {}
         }

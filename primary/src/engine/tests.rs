@@ -1,5 +1,6 @@
 //! The engine against tables of events.
 
+mod output;
 mod random;
 
 use serde_json::json;
@@ -14,12 +15,14 @@ use understudy_proto::rpc::epoch::{
 use super::*;
 
 const EPOCH: Duration = Duration::from_millis(100);
+const FLOOR: Duration = Duration::from_millis(4);
 const GENERATION: Generation = Generation(3);
 
 fn settings() -> Settings {
     Settings {
         generation: GENERATION,
         epoch: EPOCH,
+        floor: FLOOR,
         attended: false,
         first_session: 7,
         peer: "beta".to_owned(),
@@ -101,7 +104,7 @@ impl Bench {
         let connected = Event::Connected { session: 7, ack: hello(life(1), None) };
         assert_eq!(bench.run(connected), [Command::Arm(EpochId(1))]);
         assert_eq!(bench.state(), GuestState::Seeding);
-        assert_eq!(bench.step(Event::Armed), [Command::Start]);
+        assert_eq!(bench.step(Event::Armed { stay_stopped: false }), [Command::Start]);
         bench.step(qmp("MIGRATION", json!({"status": "colo"})));
         assert_eq!(bench.run(Event::Ready), []);
         assert_released(&bench.run(Event::Acked { session: 7, at: at(1) }), 1);
@@ -146,7 +149,7 @@ fn outcome(commands: &[Command]) -> (Option<GoodbyeReason>, OutcomeKind) {
 #[test]
 fn an_epoch_lasts_its_time_and_the_next_waits_for_its_acknowledgement() {
     let mut bench = Bench::protected(settings());
-    assert_eq!(bench.engine.deadline(), Some(bench.engine.next_stop));
+    assert_eq!(bench.engine.deadline(), Some(bench.engine.next_stop()));
     let mut bench = {
         assert_eq!(bench.tick(EPOCH), [Command::Checkpoint(EpochId(2))]);
         bench
@@ -270,7 +273,7 @@ fn a_backup_that_was_restarted_gets_a_full_copy() {
     assert_eq!(commands, [Command::Disarm]);
     assert_eq!(bench.tick(EPOCH * 3), [], "no checkpoint until then");
     assert_eq!(bench.run(Event::Disarmed(Ok(()))), [Command::Arm(EpochId(2))]);
-    assert_eq!(bench.step(Event::Armed), [Command::Start]);
+    assert_eq!(bench.step(Event::Armed { stay_stopped: false }), [Command::Start]);
     assert_eq!(bench.run(Event::Ready), []);
     assert_released(&bench.run(Event::Acked { session: 8, at: at(2) }), 2);
     assert_eq!(bench.state(), GuestState::Protected);

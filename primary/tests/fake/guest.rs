@@ -11,7 +11,7 @@ use understudy_libvirt::{DomainEvent, QmpEvent, RunState};
 use understudy_primary::agent::{Barrier, GuestHost};
 use understudy_primary::capture::{
     ArmTimings, Armed, CaptureError, CaptureTimings, Checkpoint, CheckpointSource, Dialect, Interrupter,
-    PageSink,
+    PageSink, Phase,
 };
 use understudy_primary::engine::CaptureFailure;
 use understudy_proto::layout::{MemoryLayout, RamBlock};
@@ -36,7 +36,20 @@ struct Inner {
     history: BTreeMap<u64, Memory>,
     events: Option<mpsc::Sender<DomainEvent>>,
     clock: Duration,
+    /// How often it was stopped, full copies counted too; a frame belongs to the stop that comes next.
+    moment: u64,
+    /// The moment of every epoch.
+    moments: BTreeMap<u64, u64>,
+    /// What takes its frames.
+    network: Option<Network>,
+    /// Somebody else lets it run while it is to stay stopped, so many questions from now.
+    runs_on_after: Option<u32>,
+    /// Checkpoints that left it stopped.
+    holds: u64,
 }
+
+/// Takes a frame with the moment it belongs to.
+pub(crate) type Network = Arc<dyn Fn(u64) + Send + Sync>;
 
 impl Inner {
     fn qmp(&mut self, name: &str, later: Duration) {
@@ -44,6 +57,12 @@ impl Inner {
         let event = QmpEvent { name: name.to_owned(), timestamp: self.clock, data: Value::Null };
         if let Some(events) = &self.events {
             events.blocking_send(DomainEvent::Qmp(event)).ok();
+        }
+    }
+
+    fn send_frame(&self) {
+        if let Some(network) = &self.network {
+            network(self.moment + 1);
         }
     }
 
@@ -65,6 +84,11 @@ impl FakeGuest {
             history: BTreeMap::new(),
             events: None,
             clock: Duration::ZERO,
+            moment: 0,
+            moments: BTreeMap::new(),
+            network: None,
+            runs_on_after: None,
+            holds: 0,
         })))
     }
 
@@ -73,7 +97,7 @@ impl FakeGuest {
     }
 
     pub(crate) fn source(&self) -> FakeSource {
-        FakeSource { guest: self.clone(), interrupter: Interrupter::new().expect("an eventfd") }
+        FakeSource { guest: self.clone(), hold: false, interrupter: Interrupter::new().expect("an eventfd") }
     }
 
     pub(crate) fn barrier(&self) -> Barrier {
@@ -82,8 +106,29 @@ impl FakeGuest {
             let mut inner = guest.lock();
             let memory = inner.memory.clone();
             inner.history.insert(epoch.0, memory);
+            let moment = inner.moment;
+            inner.moments.insert(epoch.0, moment);
             Ok(())
         })
+    }
+
+    pub(crate) fn connect(&self, network: Network) {
+        self.lock().network = Some(network);
+    }
+
+    /// Frames up to this moment belong to the epoch or to one before it.
+    pub(crate) fn moment_of(&self, epoch: u64) -> u64 {
+        self.lock().moments[&epoch]
+    }
+
+    /// A supervisor lets it run behind this agent's back: before the READY of a full copy, or before the question after so
+    /// many others.
+    pub(crate) fn runs_on_after(&self, questions: u32) {
+        self.lock().runs_on_after = Some(questions);
+    }
+
+    pub(crate) fn holds(&self) -> u64 {
+        self.lock().holds
     }
 
     pub(crate) fn runs(&self) -> bool {
@@ -130,6 +175,7 @@ impl GuestHost for FakeGuest {
 
 pub(crate) struct FakeSource {
     guest: FakeGuest,
+    hold: bool,
     interrupter: Interrupter,
 }
 
@@ -155,6 +201,8 @@ impl CheckpointSource for FakeSource {
         let layout = Arc::new(MemoryLayout::new(vec![block], b"machine".to_vec(), 2).expect("a layout"));
         sink.layout(&layout)?;
         self.send(&(0..PAGES).collect::<Vec<_>>(), sink)?;
+        self.guest.lock().send_frame();
+        self.guest.lock().moment += 1;
         self.guest.lock().qmp("STOP", Duration::from_millis(1));
         let device = Bytes::from_static(b"device state of the full copy");
         let timings = ArmTimings::default();
@@ -163,7 +211,14 @@ impl CheckpointSource for FakeSource {
 
     fn start(&mut self) -> Result<(), CaptureError> {
         self.check()?;
-        self.guest.lock().qmp("RESUME", Duration::from_millis(1));
+        let mut inner = self.guest.lock();
+        if inner.runs_on_after.take().is_some() {
+            // What it sends is in no epoch, and QEMU has closed the socket.
+            inner.send_frame();
+            return Err(CaptureError::Closed { phase: Phase::Start, detail: None });
+        }
+        inner.qmp("RESUME", Duration::from_millis(1));
+        inner.send_frame();
         Ok(())
     }
 
@@ -182,17 +237,47 @@ impl CheckpointSource for FakeSource {
             assert!(inner.runs, "checkpoint of a guest that does not run");
             inner.stops += 1;
             let pages = inner.run();
+            inner.send_frame();
+            inner.moment += 1;
             inner.qmp("STOP", Duration::from_millis(5));
             pages
         };
         barrier().map_err(|reason| CaptureError::Barrier { reason })?;
         self.send(&pages, sink)?;
-        self.guest.lock().qmp("RESUME", Duration::from_micros(500));
+        if std::mem::take(&mut self.hold) {
+            self.guest.lock().holds += 1;
+        } else {
+            self.guest.lock().qmp("RESUME", Duration::from_micros(500));
+        }
         let device = Bytes::from(vec![7; 300_000]);
         Ok(Checkpoint { device, pages: DIRTY_PAGES, timings: CaptureTimings::default() })
     }
 
+    fn hold_next(&mut self) {
+        self.hold = true;
+    }
+
+    fn still_stopped(&mut self) -> Result<(), CaptureError> {
+        let mut inner = self.guest.lock();
+        match &mut inner.runs_on_after {
+            Some(0) => {
+                inner.send_frame();
+                Err(CaptureError::RanOn { state: RunState::Running })
+            }
+            Some(questions) => {
+                *questions -= 1;
+                if *questions == 0 {
+                    // It does so now, right behind the answer.
+                    inner.send_frame();
+                }
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
     fn disarm(&mut self) -> Result<(), CaptureError> {
+        self.guest.lock().runs_on_after = None;
         self.interrupter.clear();
         Ok(())
     }

@@ -1,14 +1,17 @@
 //! A guest without a hypervisor, and a backup without an agent.
+#![allow(dead_code, unused_imports, reason = "every test uses its part of it")]
 
 mod backup;
 mod guest;
+mod output;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use backup::StubBackup;
 pub(crate) use guest::{DIRTY_PAGES, FakeGuest};
-use understudy_primary::agent::{self, Handle, Plan, Wish};
+pub(crate) use output::FakeGate;
+use understudy_primary::agent::{self, Handle, Output, Plan, Wish};
 use understudy_primary::engine::{Outcome, Settings};
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::Offer;
@@ -20,6 +23,10 @@ const LIMIT: Duration = Duration::from_secs(30);
 pub(crate) const GENERATION: Generation = Generation(2);
 
 pub(crate) async fn start(guest: &FakeGuest, backup: &StubBackup) -> Handle {
+    start_with(guest, backup, Output::Ungated).await
+}
+
+pub(crate) async fn start_with(guest: &FakeGuest, backup: &StubBackup, output: Output) -> Handle {
     let to = backup.address();
     let hello = Hello {
         offer: Offer::ours(),
@@ -35,6 +42,7 @@ pub(crate) async fn start(guest: &FakeGuest, backup: &StubBackup) -> Handle {
     let settings = Settings {
         generation: GENERATION,
         epoch: Duration::from_millis(5),
+        floor: Duration::from_millis(1),
         attended: false,
         first_session: 1,
         peer: to.clone(),
@@ -47,6 +55,7 @@ pub(crate) async fn start(guest: &FakeGuest, backup: &StubBackup) -> Handle {
         host: Arc::new(guest.clone()),
         source: Box::new(guest.source()),
         barrier: guest.barrier(),
+        output,
     };
     agent::start(plan).await.expect("starts")
 }

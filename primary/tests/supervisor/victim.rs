@@ -291,5 +291,6 @@ fn guest() -> ProtectedGuest {
         to: "nowhere".into(),
         epoch_ms: 5,
         generation: Generation(1),
+        ungated: false,
     }
 }

@@ -13,6 +13,9 @@ pub struct ProtectRequest {
     /// Allows replication without TLS.
     #[prost(bool, tag = "4")]
     pub insecure: bool,
+    /// Lets the guest's output through as it comes, without waiting for commits.
+    #[prost(bool, tag = "12")]
+    pub ungated: bool,
 }
 /// One step of something that takes time.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -127,6 +130,15 @@ pub struct GuestStatus {
     /// Of the failover that made this host run the guest. Absent: there was none.
     #[prost(message, optional, tag = "21")]
     pub failover: ::core::option::Option<FailoverReport>,
+    /// What becomes of the guest's output, for people. Empty: not known to this agent.
+    #[prost(string, tag = "40")]
+    pub output: ::prost::alloc::string::String,
+    /// Bytes that wait for a commit. Absent: no output gate.
+    #[prost(uint64, optional, tag = "41")]
+    pub output_waiting_bytes: ::core::option::Option<u64>,
+    /// Frames that found the output gate full. Absent: no output gate.
+    #[prost(uint64, optional, tag = "42")]
+    pub output_dropped_total: ::core::option::Option<u64>,
 }
 /// Times are microseconds.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -15,6 +15,8 @@ pub struct ProtectRequest {
     pub epoch: Option<Duration>,
     /// Allows replication without TLS.
     pub insecure: bool,
+    /// Lets the guest's output through as it comes.
+    pub ungated: bool,
 }
 
 /// One step of something that takes time.
@@ -180,6 +182,12 @@ pub struct GuestStatus {
     pub detail: String,
     /// Of the failover that made this host run the guest.
     pub failover: Option<FailoverReport>,
+    /// What becomes of the guest's output, for people.
+    pub output: String,
+    /// Bytes that wait for a commit.
+    pub output_waiting_bytes: Option<u64>,
+    /// Frames that found the output gate full.
+    pub output_dropped_total: Option<u64>,
 }
 
 impl GuestStatus {
@@ -207,6 +215,9 @@ impl GuestStatus {
             libvirt: String::new(),
             detail: String::new(),
             failover: None,
+            output: String::new(),
+            output_waiting_bytes: None,
+            output_dropped_total: None,
         }
     }
 }

@@ -19,6 +19,7 @@ impl TryFrom<wire::ProtectRequest> for domain::ProtectRequest {
             to: text("backup host", m.to)?,
             epoch: m.epoch_ms.map(|ms| Duration::from_millis(ms.into())),
             insecure: m.insecure,
+            ungated: m.ungated,
         })
     }
 }
@@ -30,6 +31,7 @@ impl From<domain::ProtectRequest> for wire::ProtectRequest {
             to: m.to,
             epoch_ms: m.epoch.map(|d| u32::try_from(d.as_millis()).unwrap_or(u32::MAX)),
             insecure: m.insecure,
+            ungated: m.ungated,
         }
     }
 }
@@ -198,6 +200,9 @@ impl TryFrom<wire::GuestStatus> for domain::GuestStatus {
             libvirt: text("libvirt version", m.libvirt)?,
             detail: text("detail", m.detail)?,
             failover: m.failover.map(TryInto::try_into).transpose()?,
+            output: text("output", m.output)?,
+            output_waiting_bytes: m.output_waiting_bytes,
+            output_dropped_total: m.output_dropped_total,
         })
     }
 }
@@ -226,6 +231,9 @@ impl From<domain::GuestStatus> for wire::GuestStatus {
             libvirt: m.libvirt,
             detail: shortened(m.detail),
             failover: m.failover.map(Into::into),
+            output: shortened(m.output),
+            output_waiting_bytes: m.output_waiting_bytes,
+            output_dropped_total: m.output_dropped_total,
         }
     }
 }

@@ -21,6 +21,11 @@ pub(crate) struct GuestSpec {
     pub(crate) extra_devices: String,
 }
 
+/// Of its one network card on the LAN.
+pub(crate) fn guest_mac(name: &str) -> String {
+    format!("52:54:00:77:01:{:02x}", guest_address(name).octets()[3])
+}
+
 impl GuestSpec {
     pub(crate) fn new(name: &str) -> Self {
         Self {
@@ -43,7 +48,7 @@ impl GuestSpec {
         let files = lab.shared().join("guest");
         let files = files.display();
         let address = guest_address(name);
-        let last = address.octets()[3];
+        let mac = guest_mac(name);
         let cpu = if kind == "kvm" { "<cpu mode='host-passthrough'/>" } else { "" };
         format!(
             "<domain type='{kind}'>
@@ -67,7 +72,7 @@ impl GuestSpec {
     <serial type='file'><source path='/run/lab/{name}.serial' append='on'/></serial>
     <memballoon model='none'/>
     <interface type='bridge'>
-      <mac address='52:54:00:77:01:{last:02x}'/>
+      <mac address='{mac}'/>
       <source bridge='{GUEST_BRIDGE}'/>
       <model type='virtio'/>
       <rom enabled='no'/>

@@ -93,6 +93,12 @@ fn cut(lab: &Lab, on: HostName, boot: &str, standby: &str) -> Result<()> {
     );
     let first = observer.first_after(asked, LIMIT).context("no answer after the failover")?;
     ensure!(first.count.boot == boot, "the guest was started anew: {:?}", first.count);
+    ensure!(
+        first.count.total >= before.count.total,
+        "a client had heard {} and then heard {} (invariant 1)",
+        before.count.total,
+        first.count.total
+    );
     let mut guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
     guest.must("check")?;
     std::thread::sleep(Duration::from_millis(500));

@@ -37,6 +37,15 @@ fn protected(lab: &Lab) -> Result<Guest> {
     Ok(guest)
 }
 
+/// The same, with its output let through: to hear of the guest while its backup is lost.
+fn protected_ungated(lab: &Lab) -> Result<Guest> {
+    let mut guest = start_shaped(lab, Alpha, SHAPES[0])?;
+    guest.must("dirty 100 20")?;
+    lab.must_understudy(Alpha, &["protect", "g1", "--to", "beta", "--insecure", "--ungated"])?;
+    advances(lab)?;
+    Ok(guest)
+}
+
 fn is_protected(status: &GuestStatus) -> bool {
     status.state() == "protected"
 }
@@ -115,7 +124,7 @@ fn primary_killed_at_a_stop(lab: &Lab) -> Result<()> {
     lab.shell(Alpha, "touch /run/lab/understudy-primary.hold")?;
     let mut guest = start_shaped(lab, Alpha, SHAPES[0])?;
     guest.must("dirty 100 20")?;
-    lab.protect("g1", Alpha)?;
+    lab.must_understudy(Alpha, &["protect", "g1", "--to", "beta", "--insecure", "--ungated"])?;
     lab.shell(
         Alpha,
         "for i in $(seq 250); do kill -0 $(cat /run/lab/understudy-primary.pid) 2>/dev/null || exit 0; sleep 0.2; done
@@ -137,7 +146,7 @@ fn primary_killed_at_a_stop(lab: &Lab) -> Result<()> {
 }
 
 fn backup_killed(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab)?;
+    let mut guest = protected_ungated(lab)?;
     lab.hold_agent(Beta, Role::Backup)?;
     lab.wait_status((Alpha, Role::Primary), "g1", Duration::from_secs(10), |status| !is_protected(status))
         .context("the primary does not notice that its backup is gone")?;
@@ -148,7 +157,7 @@ fn backup_killed(lab: &Lab) -> Result<()> {
 }
 
 fn link_cut(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab)?;
+    let mut guest = protected_ungated(lab)?;
     let repl = "repl".parse()?;
     lab.cut(repl)?;
     lab.wait_status((Alpha, Role::Primary), "g1", Duration::from_secs(30), |status| !is_protected(status))

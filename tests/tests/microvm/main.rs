@@ -24,7 +24,7 @@ use understudy_backup::agent::{Agent, Operator};
 use understudy_backup::control_store::ControlFolder;
 use understudy_backup::guest::Tools;
 use understudy_backup::image::AnonymousMemory;
-use understudy_primary::agent::{self, Plan};
+use understudy_primary::agent::{self, Output, Plan};
 use understudy_primary::capture::micro::{DirtyTracking, MicroSource, MicroVm, Shape, program, unusable};
 use understudy_primary::engine::Settings;
 use understudy_proto::ids::{Generation, GuestId};
@@ -248,12 +248,14 @@ fn protect_and_kill(
         settings: Settings {
             generation,
             epoch: Duration::from_millis(1),
+            floor: Duration::from_millis(1),
             attended: false,
             first_session: 1,
             peer: address.to_owned(),
         },
         libvirt_version: String::new(),
         barrier: host.barrier(&guest.vm, history, link),
+        output: Output::Ungated,
         host,
         source: Box::new(MicroSource::new(guest.vm.clone()).unwrap()),
     };

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
+use understudy_libvirt::RunState;
 use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex};
 
 use super::dirty::DirtyPage;
@@ -19,6 +20,8 @@ enum State {
     Idle,
     /// At the end of the full copy.
     Stopped,
+    /// At the end of a checkpoint that holds it.
+    Held,
     Running,
 }
 
@@ -27,6 +30,8 @@ enum State {
 pub struct MicroSource {
     vm: MicroVm,
     state: State,
+    /// The next checkpoint leaves the guest stopped.
+    hold: bool,
     interrupter: Interrupter,
     dirty: Vec<DirtyPage>,
     /// Pages are copied here at the stop, and handed on while the guest runs again.
@@ -40,7 +45,7 @@ impl MicroSource {
     /// If the process has no file descriptor left.
     pub fn new(vm: MicroVm) -> Result<Self, MicroError> {
         let interrupter = Interrupter::new().map_err(MicroError::system("make an eventfd"))?;
-        Ok(Self { vm, state: State::Idle, interrupter, dirty: Vec::new(), arena: Vec::new() })
+        Ok(Self { vm, state: State::Idle, hold: false, interrupter, dirty: Vec::new(), arena: Vec::new() })
     }
 
     fn expect(&self, call: &'static str, state: State) -> Result<(), CaptureError> {
@@ -53,6 +58,7 @@ impl MicroSource {
         let state = match self.state {
             State::Idle => "idle",
             State::Stopped => "at the end of its full copy",
+            State::Held => "held at a checkpoint",
             State::Running => "running",
         };
         Err(CaptureError::OutOfTurn { call, state })
@@ -143,7 +149,11 @@ impl MicroSource {
         barrier().map_err(|reason| CaptureError::Barrier { reason })?;
         let barrier = began.elapsed() - stop;
         let device = self.copy_stopped().map_err(failed(Phase::Transfer))?;
-        self.vm.run().map_err(failed(Phase::Transfer))?;
+        if std::mem::take(&mut self.hold) {
+            self.state = State::Held;
+        } else {
+            self.vm.run().map_err(failed(Phase::Transfer))?;
+        }
         let transfer = began.elapsed() - stop;
         self.hand_on(sink)?;
         let pages = self.dirty.len() as u64;
@@ -170,7 +180,8 @@ impl CheckpointSource for MicroSource {
     }
 
     fn start(&mut self) -> Result<(), CaptureError> {
-        let started = self.expect("start", State::Stopped).and_then(|()| {
+        let from = if self.state == State::Held { State::Held } else { State::Stopped };
+        let started = self.expect("start", from).and_then(|()| {
             self.vm.run().map_err(|source| CaptureError::Micro { phase: Phase::Start, source })
         });
         self.release(started)?;
@@ -192,7 +203,19 @@ impl CheckpointSource for MicroSource {
         self.release(checkpoint)
     }
 
+    fn hold_next(&mut self) {
+        self.hold = true;
+    }
+
+    fn still_stopped(&mut self) -> Result<(), CaptureError> {
+        if matches!(self.state, State::Stopped | State::Held) && !self.vm.is_running() {
+            return Ok(());
+        }
+        Err(CaptureError::RanOn { state: RunState::Running })
+    }
+
     fn disarm(&mut self) -> Result<(), CaptureError> {
+        self.hold = false;
         let result = if self.state == State::Idle { Ok(()) } else { self.let_go() };
         self.interrupter.clear();
         result.map_err(|source| CaptureError::Micro { phase: Phase::Exit, source })

@@ -14,6 +14,7 @@ enum Doing {
     Start,
     WaitReady,
     Checkpoint,
+    CheckpointHeld,
     Disarm,
     Rescue,
 }
@@ -27,6 +28,8 @@ struct World {
     /// The call that is over left capture ready for a checkpoint.
     ready: bool,
     armed: bool,
+    /// The last checkpoint has left the guest stopped.
+    stopped: bool,
     session: Option<u64>,
     connecting: Option<u64>,
     life: u128,
@@ -58,6 +61,7 @@ impl World {
             interrupted: false,
             ready: false,
             armed: false,
+            stopped: false,
             session: None,
             connecting: Some(7),
             life: 1,
@@ -83,6 +87,7 @@ impl World {
     }
 
     fn command(&mut self, command: Command) {
+        let hold = matches!(command, Command::CheckpointHeld(_));
         let call = |world: &mut Self, doing| {
             assert_eq!(world.doing, Doing::Nothing, "two calls at once: {doing:?}");
             world.doing = doing;
@@ -103,7 +108,7 @@ impl World {
                 self.needs_sync = false;
                 call(self, Doing::Arm);
             }
-            Command::Checkpoint(epoch) => {
+            Command::Checkpoint(epoch) | Command::CheckpointHeld(epoch) => {
                 assert!(self.ready && self.armed, "capture is not ready");
                 assert!(self.session.is_some() && !self.needs_sync, "the backup is not synchronised");
                 assert!(self.begun.is_none(), "two epochs in flight");
@@ -111,10 +116,13 @@ impl World {
                 assert!(epoch.0 > self.released);
                 (self.begun, self.captured, self.ready) = (Some(epoch.0), false, false);
                 self.checkpoints += 1;
-                call(self, Doing::Checkpoint);
+                call(self, if hold { Doing::CheckpointHeld } else { Doing::Checkpoint });
             }
             Command::Start => call(self, Doing::Start),
-            Command::WaitReady => call(self, Doing::WaitReady),
+            Command::WaitReady => {
+                assert!(!self.stopped, "invariant 10: the guest waits for a start");
+                call(self, Doing::WaitReady);
+            }
             Command::Disarm => {
                 self.ready = false;
                 call(self, Doing::Disarm);
@@ -138,6 +146,7 @@ impl World {
             Command::PauseGuest => self.paused = true,
             Command::Finish { .. } => {
                 assert!(!self.armed && self.doing == Doing::Nothing, "ended with the capture active");
+                assert!(!self.stopped, "invariant 10: the guest was left stopped");
                 self.finished = true;
             }
         }
@@ -157,11 +166,22 @@ impl World {
             (Doing::Arm, true) => {
                 self.armed = true;
                 self.captured = self.begun.is_some();
-                self.step(Event::Armed);
+                // What the gate holds is tangled now and then.
+                self.step(Event::Armed { stay_stopped: self.released.is_multiple_of(2) });
             }
             (Doing::Start | Doing::WaitReady, true) => {
                 self.ready = true;
+                let started = std::mem::take(&mut self.stopped);
                 self.step(Event::Ready);
+                if started {
+                    self.step(qmp("RESUME", json!(null)));
+                }
+            }
+            (Doing::CheckpointHeld, true) => {
+                self.captured = self.begun.is_some();
+                self.stopped = true;
+                self.step(Event::Captured);
+                self.step(qmp("STOP", json!(null)));
             }
             (Doing::Checkpoint, true) => {
                 self.captured = self.begun.is_some();
@@ -170,20 +190,24 @@ impl World {
                 self.step(qmp("RESUME", json!(null)));
             }
             (Doing::Disarm, _) => {
-                self.armed = false;
+                (self.armed, self.stopped) = (false, false);
                 self.interrupted = false;
                 self.step(Event::Disarmed(Ok(())));
             }
             (Doing::Rescue, _) => {
-                self.armed = false;
+                (self.armed, self.stopped) = (false, false);
                 self.interrupted = false;
                 self.step(Event::Rescued(if well { Ok(()) } else { Err(failed) }));
             }
             (_, false) => {
-                self.armed = false;
+                (self.armed, self.stopped) = (false, false);
                 self.step(Event::CaptureFailed(failed));
             }
         }
+    }
+
+    fn is_stopping(&self) -> bool {
+        matches!(self.doing, Doing::Checkpoint | Doing::CheckpointHeld) || self.stopped
     }
 
     fn lose(&mut self) {
@@ -207,7 +231,7 @@ impl World {
                     self.step(Event::Connected { session, ack });
                 }
             }
-            150..=157 => self.lose(),
+            150..=155 | 157 => self.lose(),
             158..=161 => {
                 // The backup agent is restarted.
                 self.life += 1;
@@ -224,11 +248,23 @@ impl World {
                     if what.is_multiple_of(8) {
                         self.lose();
                     } else {
+                        self.step(Event::OutputHeld { bytes: u64::from(what % 3) << 24 });
                         self.step(Event::Acked { session, at: at(epoch) });
                     }
                 }
             }
-            200..=203 => {
+            156 => {
+                if self.captured && self.session.is_some() && self.begun.is_some() {
+                    self.session = None;
+                }
+                self.step(Event::StoodStill(Duration::from_secs(5)));
+            }
+            200 => self.step(Event::OutputWaiting { pressing: self.life.is_multiple_of(2) }),
+            201 => {
+                self.needs_sync = true;
+                self.step(Event::OutputFailed("no".to_owned()));
+            }
+            202..=203 => {
                 if let (Some(session), Some(epoch)) = (self.session, self.begun) {
                     let reject = Reject { at: at(epoch), code: RejectCode::Internal, text: "no".to_owned() };
                     self.needs_sync = true;
@@ -241,11 +277,11 @@ impl World {
                     self.step(Event::Answer(question, Some(state)));
                 }
             }
-            240..=243 if self.doing != Doing::Checkpoint => {
+            240..=243 if !self.is_stopping() => {
                 self.guest_runs = false;
                 self.step(qmp("STOP", json!(null)));
             }
-            244..=252 if self.doing != Doing::Checkpoint && !self.guest_runs => {
+            244..=252 if !self.is_stopping() && !self.guest_runs => {
                 self.guest_runs = true;
                 self.step(qmp("RESUME", json!(null)));
             }
@@ -268,7 +304,7 @@ impl World {
         }
         let before = self.released;
         for _ in 0..400 {
-            for what in [39, 40, 108, 163, 204] {
+            for what in [39, 40, 108, 163, 204, 165] {
                 self.happen(what);
             }
             if self.paused {

@@ -1,0 +1,167 @@
+//! Asks a guest all the time, over every path, and tells the judge.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpStream, UdpSocket};
+
+use super::judge::{Judge, Observation, Verdict};
+use super::wire::{Answer, MAX_BYTES, Request};
+
+/// Between two questions on a path.
+const PERIOD: Duration = Duration::from_millis(20);
+
+/// Every so many datagrams an old question is asked again.
+const AGAIN: u64 = 4;
+
+/// How old it is at most.
+const AGO: u64 = 256;
+
+/// Between two attempts to connect.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// What all paths share.
+#[derive(Debug)]
+struct Shared {
+    client: u64,
+    began: Instant,
+    end: Instant,
+    next: AtomicU64,
+    judge: Mutex<Judge>,
+}
+
+impl Shared {
+    fn see(&self, path: &str, observation: Observation) {
+        let mut judge = self.judge.lock().unwrap_or_else(PoisonError::into_inner);
+        judge.see(path, observation, self.began.elapsed());
+    }
+
+    /// A question, which is on its way as far as the judge is concerned.
+    fn ask(&self, path: &str, number: u64) -> Request {
+        self.see(path, Observation::Asked(number));
+        Request { client: self.client, number }
+    }
+
+    fn new_number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn heard(&self, path: &str, line: &[u8]) {
+        let answer = std::str::from_utf8(line).ok().and_then(Answer::parse);
+        if let Some(answer) = answer.filter(|answer| answer.request.client == self.client) {
+            self.see(path, Observation::Heard(answer));
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.end
+    }
+}
+
+/// Asks at all `addresses` for as long as `lasts`.
+pub(super) async fn run(addresses: &[IpAddr], port: u16, client: u64, lasts: Duration) -> Verdict {
+    let began = Instant::now();
+    let shared = Arc::new(Shared {
+        client,
+        began,
+        end: began + lasts,
+        next: AtomicU64::new(1),
+        judge: Mutex::default(),
+    });
+    let mut paths = tokio::task::JoinSet::new();
+    for address in addresses {
+        let to = SocketAddr::new(*address, port);
+        paths.spawn(datagrams(Arc::clone(&shared), to));
+        paths.spawn(connections(Arc::clone(&shared), to));
+    }
+    // A path whose last answer does not come is not waited for.
+    let _ = tokio::time::timeout_at((shared.end + RETRY).into(), async {
+        while paths.join_next().await.is_some() {}
+    })
+    .await;
+    let judge = shared.judge.lock().unwrap_or_else(PoisonError::into_inner);
+    judge.verdict(began.elapsed())
+}
+
+async fn datagrams(shared: Arc<Shared>, to: SocketAddr) {
+    let path = format!("udp {}", to.ip());
+    let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+    let Ok(socket) = UdpSocket::bind(any).await else { return };
+    let mut bytes = [0; MAX_BYTES];
+    let mut tick = tokio::time::interval(PERIOD);
+    let mut sent = 0;
+    while !shared.is_over() {
+        tokio::select! {
+            received = socket.recv_from(&mut bytes) => if let Ok((length, from)) = received
+                && from == to
+            {
+                shared.heard(&path, bytes.get(..length).unwrap_or_default());
+            },
+            _ = tick.tick() => {
+                sent += 1;
+                let number = match shared.next.load(Ordering::Relaxed) {
+                    next if sent % AGAIN == 0 && next > 1 => next - 1 - (sent * 31 % AGO).min(next - 2),
+                    _ => shared.new_number(),
+                };
+                // One that cannot be sent is one that is lost.
+                let _ = socket.send_to(shared.ask(&path, number).line().as_bytes(), to).await;
+            }
+        }
+    }
+}
+
+async fn connections(shared: Arc<Shared>, to: SocketAddr) {
+    let path = format!("tcp {}", to.ip());
+    while !shared.is_over() {
+        let mut worked = false;
+        if let Err(error) = connection(&shared, &path, to, &mut worked).await
+            && worked
+        {
+            shared.see(&path, Observation::Broken(error.to_string()));
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn connection(shared: &Shared, path: &str, to: SocketAddr, worked: &mut bool) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(to).await?;
+    stream.set_nodelay(true)?;
+    let (read, mut write) = stream.split();
+    let mut lines = BufReader::new(read);
+    while !shared.is_over() {
+        let request = shared.ask(path, shared.new_number());
+        write.write_all(request.line().as_bytes()).await?;
+        let mut line = Vec::new();
+        // However long it takes: TCP sends again what was lost, and a connection must outlive a failover.
+        let length = (&mut lines).take(MAX_BYTES as u64).read_until(b'\n', &mut line).await?;
+        if length == 0 {
+            return Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the guest has closed it"));
+        }
+        *worked = true;
+        shared.heard(path, &line);
+        tokio::time::sleep(PERIOD).await;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Over this machine's loopback, with the responder that a guest runs.
+    #[tokio::test]
+    async fn a_guest_that_keeps_its_word_is_found_to() {
+        let probe = std::net::TcpListener::bind(("127.0.0.1", 0)).map(|listener| listener.local_addr());
+        let port = probe.expect("a port").expect("an address").port();
+        super::super::responder::start(port).expect("listens");
+        let addresses = ["127.0.0.1".parse().expect("an address")];
+        let verdict = run(&addresses, port, 7, Duration::from_secs(1)).await;
+        assert_eq!(verdict.violations, []);
+        for path in ["udp 127.0.0.1", "tcp 127.0.0.1"] {
+            assert!(verdict.answers.get(path).is_some_and(|answers| *answers > 2), "{verdict:?}");
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Every frame that a guest's network card sends from one host into the LAN, of whatever protocol.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::Lab;
+use super::domain::guest_mac;
+use super::plan::{HostName, Net};
+use crate::process;
+
+/// A recording; dropping it ends it.
+#[derive(Debug)]
+pub(crate) struct FramesFrom {
+    recorder: Child,
+    frames: PathBuf,
+}
+
+impl FramesFrom {
+    /// Listens to what comes out of `host`, and not to what goes into it: the guest may run elsewhere as well.
+    pub(crate) fn start(lab: &Lab, host: HostName, guest: &str) -> Result<Self> {
+        let frames = lab.dir().logs().join("frames");
+        let said = lab.dir().logs().join("frames.tcpdump");
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &lab.dir().netns(), "tcpdump", "-i", &host.tap(Net::Lan), "-Q", "in"]);
+        command.args(["--immediate-mode", "-l", "-n", "-e", "-Z", "root", "ether", "src", &guest_mac(guest)]);
+        let recorder =
+            command.stdin(Stdio::null()).stdout(File::create(&frames)?).stderr(File::create(&said)?).spawn();
+        let this = Self { recorder: recorder.context("cannot run tcpdump")?, frames };
+        for _ in 0..100 {
+            if fs::read_to_string(&said).is_ok_and(|text| text.contains("listening on")) {
+                return Ok(this);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        bail!("tcpdump does not listen: {}", fs::read_to_string(&said).unwrap_or_default().trim())
+    }
+
+    /// What was sent, a line each.
+    pub(crate) fn end(self) -> Result<String> {
+        fs::read_to_string(&self.frames).context("no recording")
+    }
+}
+
+impl Drop for FramesFrom {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.recorder.kill();
+        drop(process::wait(&mut self.recorder, Duration::from_secs(5)));
+    }
+}
