@@ -267,6 +267,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
         host: guest,
         source: Box::new(source),
         barrier: barrier(agent, &domain),
+        encoding: agent.config.encoding(),
     })
 }
 

@@ -5,6 +5,7 @@
 //! and reports what the backup says. It decides nothing: when to connect, resend or forget is the engine's business.
 
 mod feed;
+mod meter;
 mod stream;
 
 use std::collections::VecDeque;
@@ -20,9 +21,13 @@ use understudy_proto::rpc::epoch::{
     BackupMessage, EpochRef, GoodbyeReason, Hello, HelloAck, PrimaryMessage, Refused, Reject, Standby,
 };
 
-use feed::{EpochMessages, Part};
+use feed::EpochMessages;
+pub(crate) use feed::Part;
 pub use feed::{EpochSink, Feed, FullProgress, feed};
+use meter::Meter;
 use stream::{Live, Opening, SILENCE_LIMIT};
+
+use crate::encode::LinkMeter;
 
 /// How often a sign of life is sent.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
@@ -88,6 +93,7 @@ pub struct Replicator {
     /// What the stream at hand has not taken yet.
     queue: VecDeque<PrimaryMessage>,
     heartbeats: u64,
+    meter: Meter,
 }
 
 impl std::fmt::Debug for Replicator {
@@ -127,6 +133,7 @@ impl Replicator {
             kept: Vec::new(),
             queue: VecDeque::new(),
             heartbeats: 0,
+            meter: Meter::default(),
         };
         (replicator, orders_in)
     }
@@ -134,6 +141,11 @@ impl Replicator {
     /// Counts bytes of frames and device buffers handed to streams.
     pub fn sent_bytes(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.sent_bytes)
+    }
+
+    /// What the link does with acknowledged epochs.
+    pub fn link_meter(&self) -> Arc<LinkMeter> {
+        self.meter.link()
     }
 
     /// Runs until it is told to close, or nobody is left to tell it anything.
@@ -203,6 +215,7 @@ impl Replicator {
             }
             Order::Feed(feed) => {
                 self.forget();
+                self.meter.begin();
                 let live = self.live.as_ref().is_some_and(|live| live.accepted);
                 // A full copy is not kept, so without a stream it would be for nothing: its sink sees it closed.
                 if live || feed.messages.kind == EpochKind::Delta {
@@ -235,6 +248,7 @@ impl Replicator {
         }
         if self.live.as_ref().is_some_and(|live| live.accepted) {
             self.queue.push_back(message);
+            self.meter.waits(Instant::now());
         }
     }
 
@@ -264,6 +278,7 @@ impl Replicator {
         // There was room a moment ago, and nobody else sends.
         if live.outbound.try_send(message).is_ok() {
             self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+            self.meter.sent(bytes as u64, self.queue.is_empty(), Instant::now());
         }
     }
 
@@ -296,7 +311,10 @@ impl Replicator {
                 self.lost(format!("the backup answered {message:?} before accepting the stream")).await;
             }
             BackupMessage::HelloAck(_) => self.lost("the backup accepted the stream twice".to_owned()).await,
-            BackupMessage::Ack(at) => self.report(Report::Acked(session, at)).await,
+            BackupMessage::Ack(at) => {
+                self.meter.acknowledged(Instant::now());
+                self.report(Report::Acked(session, at)).await;
+            }
             BackupMessage::Reject(reject) => {
                 warn!(epoch = %reject.at.epoch, code = ?reject.code, text = reject.text, "epoch rejected");
                 self.report(Report::Rejected(session, reject)).await;

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 pub(crate) use backup::StubBackup;
 pub(crate) use guest::{DIRTY_PAGES, FakeGuest};
-use understudy_primary::agent::{self, Handle, Plan, Wish};
+use understudy_primary::agent::{self, Encoding, Handle, Plan, Wish};
+use understudy_primary::encode::Compress;
 use understudy_primary::engine::{Outcome, Settings};
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::Offer;
@@ -47,6 +48,8 @@ pub(crate) async fn start(guest: &FakeGuest, backup: &StubBackup) -> Handle {
         host: Arc::new(guest.clone()),
         source: Box::new(guest.source()),
         barrier: guest.barrier(),
+        // The fake backup has no image to take differences from.
+        encoding: Encoding { compress: Compress::Off, cache_bytes: 0 },
     };
     agent::start(plan).await.expect("starts")
 }

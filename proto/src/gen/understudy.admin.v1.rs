@@ -127,6 +127,12 @@ pub struct GuestStatus {
     /// Of the failover that made this host run the guest. Absent: there was none.
     #[prost(message, optional, tag = "21")]
     pub failover: ::core::option::Option<FailoverReport>,
+    /// Bytes of page frames before they were encoded, since protection began. 0: not known by this agent.
+    #[prost(uint64, tag = "30")]
+    pub raw_bytes_total: u64,
+    /// How pages are encoded, how well that goes and why it was chosen, for people. Empty: not known.
+    #[prost(string, tag = "31")]
+    pub encoding: ::prost::alloc::string::String,
 }
 /// Times are microseconds.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -180,6 +180,10 @@ pub struct GuestStatus {
     pub detail: String,
     /// Of the failover that made this host run the guest.
     pub failover: Option<FailoverReport>,
+    /// Bytes of frames before they were encoded, since protection began; 0 if not known.
+    pub raw_bytes_total: u64,
+    /// How pages are encoded and why, for people.
+    pub encoding: String,
 }
 
 impl GuestStatus {
@@ -207,6 +211,8 @@ impl GuestStatus {
             libvirt: String::new(),
             detail: String::new(),
             failover: None,
+            raw_bytes_total: 0,
+            encoding: String::new(),
         }
     }
 }

@@ -198,6 +198,8 @@ impl TryFrom<wire::GuestStatus> for domain::GuestStatus {
             libvirt: text("libvirt version", m.libvirt)?,
             detail: text("detail", m.detail)?,
             failover: m.failover.map(TryInto::try_into).transpose()?,
+            raw_bytes_total: m.raw_bytes_total,
+            encoding: text("encoding", m.encoding)?,
         })
     }
 }
@@ -226,6 +228,8 @@ impl From<domain::GuestStatus> for wire::GuestStatus {
             libvirt: m.libvirt,
             detail: shortened(m.detail),
             failover: m.failover.map(Into::into),
+            raw_bytes_total: m.raw_bytes_total,
+            encoding: shortened(m.encoding),
         }
     }
 }

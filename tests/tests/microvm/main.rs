@@ -24,8 +24,9 @@ use understudy_backup::agent::{Agent, Operator};
 use understudy_backup::control_store::ControlFolder;
 use understudy_backup::guest::Tools;
 use understudy_backup::image::AnonymousMemory;
-use understudy_primary::agent::{self, Plan};
+use understudy_primary::agent::{self, Encoding, Plan};
 use understudy_primary::capture::micro::{DirtyTracking, MicroSource, MicroVm, Shape, program, unusable};
+use understudy_primary::encode::Compress;
 use understudy_primary::engine::Settings;
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::Offer;
@@ -256,6 +257,11 @@ fn protect_and_kill(
         barrier: host.barrier(&guest.vm, history, link),
         host,
         source: Box::new(MicroSource::new(guest.vm.clone()).unwrap()),
+        // Loopback is too fast for the governor to find anything worthwhile: every codec, and the shipped choice.
+        encoding: Encoding {
+            compress: if generation.0.is_multiple_of(3) { Compress::Auto } else { Compress::Always },
+            cache_bytes: 4 << 20,
+        },
     };
     let primary = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     primary.block_on(async {
