@@ -35,7 +35,7 @@ pub struct Config {
     pub epoch_ms: u32,
 
     /// Whether pages may be encoded before they are sent, where that makes epochs shorter.
-    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Compress::Auto)]
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Compress::Off)]
     pub compress: Compress,
 
     /// Memory for what guests have rewritten, per guest, in MiB: differences are taken from it.

@@ -268,7 +268,8 @@ mod tests {
 
     #[test]
     fn only_the_delta_behind_the_sealed_one_finds_anything() {
-        let breaks: [(&str, fn(&mut PageCache)); 5] = [
+        type Break = (&'static str, fn(&mut PageCache));
+        let breaks: [Break; 5] = [
             ("a full copy", |c| c.begin(GENERATION, EpochId(2), EpochKind::Full)),
             ("a gap", |c| c.begin(GENERATION, EpochId(3), EpochKind::Delta)),
             ("the same number", |c| c.begin(GENERATION, EpochId(1), EpochKind::Delta)),

@@ -1,3 +1,5 @@
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small and positive")]
+
 use proptest::prelude::*;
 
 use super::*;
