@@ -19,7 +19,6 @@ use understudy_backup::shared::SharedMemory;
 use understudy_backup::worker::{self, Job, Report};
 use understudy_libvirt::{Domain, RunState, XmlFlags, qmp};
 use understudy_proto::epoch::EpochKind::{Delta, Full};
-use understudy_proto::frame::{Codec, Record};
 use understudy_proto::ids::GuestId;
 use understudy_proto::rpc::epoch::{Begin, Seed};
 use understudy_proto::units::PAGE_BYTES;

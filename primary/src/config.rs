@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use crate::agent::Encoding;
-use crate::encode::Compress;
+use crate::encode::{Compress, Encoding};
 
 /// Shortest epoch: below it the guest would hardly run.
 pub const MIN_EPOCH: Duration = Duration::from_millis(5);
@@ -35,7 +34,7 @@ pub struct Config {
     pub epoch_ms: u32,
 
     /// Whether pages may be encoded before they are sent, where that makes epochs shorter.
-    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Compress::Off)]
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Compress::Auto)]
     pub compress: Compress,
 
     /// Memory for what guests have rewritten, per guest, in MiB: differences are taken from it.

@@ -1,14 +1,13 @@
 //! The owner of one guest's protection: waits for the next event, asks the engine, does what it says.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tracing::{Instrument, error, info, info_span, warn};
 use understudy_libvirt::DomainEvent;
-use understudy_proto::codec::CodecSet;
 use understudy_proto::epoch::EpochKind;
 use understudy_proto::ids::{EpochId, GuestId};
 use understudy_proto::rpc::admin::{AgentRole, GuestState, GuestStatus};
@@ -17,9 +16,7 @@ use understudy_proto::rpc::epoch::{GoodbyeReason, Hello};
 use super::capturer::{self, Barrier, Call, Capturer};
 use super::host::GuestHost;
 use crate::capture::CheckpointSource;
-use crate::encode::governor::{self, Governor};
-use crate::encode::thread::EncodeThread;
-use crate::encode::{Compress, SharedCounters};
+use crate::encode::{Encoder, Encoding};
 use crate::engine::{Command, Engine, Event, Outcome, OutcomeKind, Settings};
 use crate::replicate::{self, EpochSink, FullProgress, Replicator, feed};
 use crate::stats::Stats;
@@ -54,15 +51,6 @@ pub struct Plan {
     pub barrier: Barrier,
     /// How its pages are encoded.
     pub encoding: Encoding,
-}
-
-/// How the pages of a guest are encoded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Encoding {
-    /// Whether at all.
-    pub compress: Compress,
-    /// Bytes the page cache may take.
-    pub cache_bytes: usize,
 }
 
 impl std::fmt::Debug for Plan {
@@ -126,17 +114,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     let (reports_in, reports) = mpsc::channel(64);
     let (replicator, orders) = Replicator::new(plan.to.clone(), replicator, reports_in);
     let sent_bytes = replicator.sent_bytes();
-    let counters = SharedCounters::default();
-    let governor = match plan.encoding.compress {
-        Compress::Off => None,
-        Compress::Auto => Some(Governor::new()),
-        Compress::Always => Some(Governor::fixed(governor::Plan::DeltaBatch)),
-    };
-    let encoder = governor.map(|governor| {
-        let (cache_bytes, link) = (plan.encoding.cache_bytes, replicator.link_meter());
-        EncodeThread::spawn(&name, governor, cache_bytes, link, SharedCounters::clone(&counters))
-    });
-    let encoder = encoder.transpose().map_err(|error| format!("cannot start a thread: {error}"))?;
+    let encoder = Encoder::start(&name, plan.encoding, replicator.link_meter())?;
     let span = info_span!("guest", domain = name, generation = %plan.settings.generation);
     let stream = tokio::spawn(replicator.run().instrument(span.clone()));
 
@@ -163,8 +141,6 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
         stats: Stats::default(),
         sent_bytes,
         encoder,
-        codecs: CodecSet::NONE,
-        counters,
         progress: Arc::default(),
         memory_bytes: MEMORY_BYTES_UNKNOWN,
         committed_at: None,
@@ -212,11 +188,7 @@ struct Guest {
     snapshots: watch::Sender<Snapshot>,
     stats: Stats,
     sent_bytes: Arc<AtomicU64>,
-    /// `None` if pages are not to be encoded.
-    encoder: Option<EncodeThread>,
-    /// What the backup of the last stream can decode.
-    codecs: CodecSet,
-    counters: SharedCounters,
+    encoder: Encoder,
     progress: Arc<FullProgress>,
     memory_bytes: u64,
     committed_at: Option<Instant>,
@@ -300,7 +272,7 @@ impl Guest {
     async fn stream_report(&mut self, report: replicate::Report) {
         let event = match report {
             replicate::Report::Connected(session, ack) => {
-                self.codecs = CodecSet::agreed(&ack.agreement);
+                self.encoder.agreed(&ack.agreement);
                 Event::Connected { session, ack }
             }
             replicate::Report::Disconnected(session, reason) => Event::Disconnected { session, reason },
@@ -397,8 +369,7 @@ impl Guest {
             self.progress = Arc::new(FullProgress::default());
             self.stats.last_full = Some(epoch);
         }
-        let encoding = self.encoder.as_ref().map(|thread| (thread, self.codecs));
-        let progress = Arc::clone(&self.progress);
+        let (progress, encoding) = (Arc::clone(&self.progress), self.encoder.for_epoch());
         let (sink, feed) = feed(self.generation, epoch, kind, self.memory_bytes, progress, encoding);
         self.order(replicate::Order::Feed(feed)).await;
         sink
@@ -458,7 +429,6 @@ impl Guest {
         let ms = |pause: Duration| pause.as_secs_f64() * 1000.0;
         let pauses = self.stats.pause.pauses.quantiles();
         let pages = self.stats.dirty_pages.quantiles();
-        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let copying = matches!(view.in_flight, Some((_, EpochKind::Full)));
         self.snapshots.send_modify(|snapshot| {
             let status = &mut snapshot.status;
@@ -473,12 +443,7 @@ impl Guest {
             status.dirty_pages_p99 = pages.map(|(_, p99)| p99);
             status.epoch_ms = u32::try_from(self.epoch.as_millis()).ok();
             status.bytes_total = self.sent_bytes.load(Ordering::Relaxed);
-            status.raw_bytes_total = counters.raw_bytes;
-            status.encoding = match &self.encoder {
-                Some(_) if counters.raw_bytes > 0 => counters.summary(),
-                Some(_) => "nothing sent encoded yet".to_owned(),
-                None => "off".to_owned(),
-            };
+            status.encoding = Some(self.encoder.report());
             snapshot.committed_at = self.committed_at;
             snapshot.percent = copying.then(|| self.progress.percent());
             if last {

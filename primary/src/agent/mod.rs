@@ -16,7 +16,7 @@ use understudy_proto::rpc::admin::GuestStatus;
 use understudy_proto::rpc::{Failure, FailureKind};
 
 pub use capturer::Barrier;
-pub use guest::{Encoding, Handle, Plan, Snapshot, Wish, start};
+pub use guest::{Handle, Plan, Snapshot, Wish, start};
 pub use host::{GuestHost, LibvirtGuest};
 
 use crate::config::Config;

@@ -203,6 +203,27 @@ impl Governor {
         self.link.bytes_per_second()
     }
 
+    /// Why the plan is what it is, for people.
+    pub fn outlook(&self, codecs: CodecSet) -> String {
+        if self.is_fixed {
+            return "fixed".to_owned();
+        }
+        let Some(speed) = self.link_bytes_per_second() else {
+            return "no epoch was acknowledged yet".to_owned();
+        };
+        let others = Plan::ALL.into_iter().filter(|plan| *plan != self.plan && plan.is_allowed(codecs));
+        let times = others.map(|plan| (plan, self.predicted_seconds(plan)));
+        let (next, time) = times.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((self.plan, f64::NAN));
+        format!(
+            "{:.0} pages an epoch at {:.0} MB/s: {:.2} ms, {:.2} ms by {}",
+            self.pages,
+            speed / 1e6,
+            self.predicted_seconds(self.plan) * 1e3,
+            time * 1e3,
+            next.name(),
+        )
+    }
+
     /// Takes an epoch in and decides on the next one.
     pub fn step(&mut self, seen: &Seen, codecs: CodecSet) -> Option<Change> {
         self.learn(seen);

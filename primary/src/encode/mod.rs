@@ -5,8 +5,11 @@
 //! [`thread`] is the thread. An epoch that is sent raw passes as it is: its frames are not even looked at.
 
 pub mod cache;
+mod encoder;
 pub mod governor;
 pub mod thread;
+
+pub use encoder::{Encoder, Encoding};
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,21 +21,36 @@ use understudy_proto::epoch::EpochKind;
 use understudy_proto::frame::{Codec, FrameBuilder, FrameReader, FrameTotals, RECORD_HEADER_BYTES, Record};
 use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::layout::MemoryLayout;
+use understudy_proto::rpc::admin::EncodingReport;
 use understudy_proto::units::{PAGE_BYTES, PageData};
 
 use cache::{CacheCounters, Known, PageCache};
 use governor::{Governor, Plan, Seen, Work};
 
+/// How often the status hears why a plan stays.
+const OUTLOOK_EPOCHS: u64 = 64;
+
 /// How pages are encoded, as the operator wants it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Compress {
     /// As the governor finds worthwhile, of what both sides have agreed on.
-    Auto,
-    /// Never: zero pages and raw ones. The default until `auto` was measured never to be slower.
     #[default]
+    Auto,
+    /// Never: zero pages and raw ones.
     Off,
     /// By every codec both sides have agreed on, worthwhile or not: for measurements.
     Always,
+}
+
+impl Compress {
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Off => "off",
+            Self::Always => "always",
+        }
+    }
 }
 
 /// What was encoded since the protection began.
@@ -48,28 +66,32 @@ pub struct Counters {
     pub cache: CacheCounters,
     /// Bytes the page cache takes.
     pub cache_bytes: u64,
-    /// The plan in use and why; empty before the first epoch.
-    pub plan: String,
+    /// The plan in use; empty before the first epoch.
+    pub plan: &'static str,
+    /// Why.
+    pub reason: String,
 }
 
 impl Counters {
-    /// One line for the status.
-    pub fn summary(&self) -> String {
-        let percent = |part: u64, whole: u64| part.saturating_mul(100).checked_div(whole).unwrap_or(0);
+    /// For the status.
+    pub fn report(&self, mode: Compress) -> EncodingReport {
         let pages: u64 = self.pages.iter().sum();
+        let percent = |part: u64| part.saturating_mul(100).checked_div(pages).unwrap_or(0);
         let mix = Codec::ALL.iter().zip(self.pages).filter(|(_, pages)| *pages > 0);
-        let mix: Vec<_> =
-            mix.map(|(codec, part)| format!("{} {} %", codec.name(), percent(part, pages))).collect();
-        let looked_up = self.cache.hits + self.cache.misses;
-        format!(
-            "{}; sent {} % of {} bytes; cache {} MiB, {} % hits; pages {}",
-            self.plan,
-            percent(self.wire_bytes, self.raw_bytes),
-            self.raw_bytes,
-            self.cache_bytes >> 20,
-            percent(self.cache.hits, looked_up),
-            if mix.is_empty() { "all raw".to_owned() } else { mix.join(", ") },
-        )
+        let mix: Vec<_> = mix.map(|(codec, part)| format!("{} {} %", codec.name(), percent(part))).collect();
+        let report = EncodingReport {
+            mode: mode.name().to_owned(),
+            plan: self.plan.to_owned(),
+            reason: self.reason.clone(),
+            raw_bytes: self.raw_bytes,
+            sent_bytes: self.wire_bytes,
+            cache_bytes: self.cache_bytes,
+            cache_hits: self.cache.hits,
+            cache_misses: self.cache.misses,
+            pages: mix.join(", "),
+            ..EncodingReport::default()
+        };
+        report.with_rates()
     }
 }
 
@@ -102,6 +124,7 @@ pub struct Recoder {
     layout: Option<Arc<MemoryLayout>>,
     builder: FrameBuilder,
     seen: Option<Seen>,
+    epochs: u64,
     epoch: OpenEpoch,
     link: Arc<LinkMeter>,
     counters: SharedCounters,
@@ -141,6 +164,7 @@ impl Recoder {
             layout: None,
             builder: FrameBuilder::new(),
             seen: None,
+            epochs: 0,
             epoch: OpenEpoch::new(Plan::Raw, EpochKind::Full),
             link,
             counters,
@@ -164,6 +188,7 @@ impl Recoder {
         let transfer = self.link.take();
         if let Some(seen) = self.seen.take() {
             let seen = Seen { transfer, spare_cpus, ..seen };
+            self.epochs = self.epochs.wrapping_add(1);
             if let Some(change) = self.governor.step(&seen, codecs) {
                 tracing::info!(
                     from = change.from.name(),
@@ -172,7 +197,10 @@ impl Recoder {
                     "encoding"
                 );
                 let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-                counters.plan = format!("{} ({})", change.to.name(), change.reason);
+                (counters.plan, counters.reason) = (change.to.name(), change.reason);
+            } else if self.epochs % OUTLOOK_EPOCHS == 1 {
+                let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+                counters.reason = self.governor.outlook(codecs);
             }
         }
         let mut plan = self.governor.plan();
@@ -283,7 +311,7 @@ impl Recoder {
         self.seen = Some(Seen { plan: epoch.plan, known, fresh, transfer: None, spare_cpus: 0.0 });
         let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
         if counters.plan.is_empty() {
-            counters.plan = epoch.plan.name().to_owned();
+            counters.plan = self.governor.plan().name();
         }
         counters.raw_bytes += epoch.raw_bytes;
         counters.wire_bytes += totals.frame_bytes;

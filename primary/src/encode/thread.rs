@@ -1,5 +1,6 @@
 //! The thread that encodes the epochs of one guest, in order.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
@@ -71,38 +72,59 @@ impl EncodeThread {
 }
 
 fn run(mut recoder: Recoder, jobs: &Receiver<Job>) {
-    let mut cpus = SpareCpus::default();
-    while let Ok(job) = jobs.recv() {
-        let Job { generation, epoch, kind, codecs, mut from, to } = job;
-        recoder.begin(generation, epoch, kind, codecs, cpus.look());
-        let mut ready = Vec::new();
-        while let Some(part) = from.blocking_recv() {
-            let last = match part {
-                Part::Seed(seed) => {
-                    recoder.layout(&seed.layout);
-                    Some(Part::Seed(seed))
+    let (mut cpus, mut is_broken) = (SpareCpus::default(), false);
+    while let Ok(mut job) = jobs.recv() {
+        if is_broken {
+            // What a panic has left behind is not trusted any more; epochs go as they are.
+            while let Some(part) = job.from.blocking_recv() {
+                if job.to.blocking_send(part).is_err() {
+                    break;
                 }
-                Part::Frame(frame) => {
-                    if let Err(fault) = recoder.frame(frame, &mut ready) {
-                        // The epoch ends here; the stream sees it broken off, and a full copy follows.
-                        error!(%epoch, %fault, "a captured frame cannot be encoded");
-                        break;
-                    }
-                    None
-                }
-                Part::End { device, totals } => {
-                    let (last, totals) = recoder.finish(totals);
-                    ready.extend(last);
-                    Some(Part::End { device, totals })
-                }
-            };
-            let parts = ready.drain(..).map(Part::Frame).chain(last);
-            // Nobody takes the epoch any more: what is left of it is not worth encoding.
-            if parts.into_iter().try_for_each(|part| to.blocking_send(part)).is_err() {
-                break;
+            }
+            continue;
+        }
+        let spare = cpus.look();
+        let encoded = catch_unwind(AssertUnwindSafe(|| encode(&mut recoder, &mut job, spare)));
+        let encoded = encoded.unwrap_or_else(|_| {
+            is_broken = true;
+            Err("the encoder has failed; see the log".to_owned())
+        });
+        if let Err(fault) = encoded {
+            error!(epoch = %job.epoch, fault, "an epoch cannot be encoded");
+            // Nobody takes it any more: it was given up before.
+            let _ = job.to.blocking_send(Part::Fault(fault));
+        }
+    }
+}
+
+/// An error is a fault of ours. An epoch that nobody takes any more is none.
+fn encode(recoder: &mut Recoder, job: &mut Job, spare_cpus: f64) -> Result<(), String> {
+    recoder.begin(job.generation, job.epoch, job.kind, job.codecs, spare_cpus);
+    let mut ready = Vec::new();
+    while let Some(part) = job.from.blocking_recv() {
+        let last = match part {
+            Part::Seed(seed) => {
+                recoder.layout(&seed.layout);
+                Some(Part::Seed(seed))
+            }
+            Part::Frame(frame) => {
+                recoder.frame(frame, &mut ready).map_err(|fault| format!("a captured frame: {fault}"))?;
+                None
+            }
+            Part::End { device, totals } => {
+                let (last, totals) = recoder.finish(totals);
+                ready.extend(last);
+                Some(Part::End { device, totals })
+            }
+            Part::Fault(fault) => return Err(fault),
+        };
+        for part in ready.drain(..).map(Part::Frame).chain(last) {
+            if job.to.blocking_send(part).is_err() {
+                return Ok(());
             }
         }
     }
+    Ok(())
 }
 
 /// CPUs of the host that have nothing to do, looked up now and then.
@@ -137,7 +159,52 @@ fn idle_ticks(stat: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+    use understudy_proto::frame::FrameBuilder;
+    use understudy_proto::layout::{MemoryLayout, RamBlock};
+    use understudy_proto::rpc::epoch::Seed;
+    use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageIndex};
+
     use super::*;
+    use crate::encode::governor::Plan;
+
+    fn start() -> EncodeThread {
+        let governor = Governor::fixed(Plan::DeltaBatch);
+        EncodeThread::spawn("test", governor, 1 << 20, Arc::default(), SharedCounters::default()).unwrap()
+    }
+
+    /// Sends an epoch of one page through the thread; gives what comes out.
+    fn epoch(thread: &EncodeThread, number: u64, kind: EpochKind, page: u64) -> Vec<Part> {
+        let ((parts, from), (to, mut out)) = (mpsc::channel(8), mpsc::channel(8));
+        let codecs = CodecSet { xbzrle: true, lz4: true };
+        let (generation, epoch) = (Generation(1), EpochId(number));
+        thread.encode(Job { generation, epoch, kind, codecs, from, to }).unwrap();
+        if kind == EpochKind::Full {
+            let block = RamBlock { name: "pc.ram".into(), used_bytes: 64 << 12 };
+            let layout = MemoryLayout::new(vec![block], vec![], 2).unwrap();
+            parts.try_send(Part::Seed(Box::new(Seed { layout, domain_xml: String::new() }))).unwrap();
+        }
+        let mut builder = FrameBuilder::new();
+        let frame = builder.push(BlockIndex(0), PageIndex::new(page), Some(&[7; PAGE_BYTES]));
+        assert!(frame.is_none());
+        let (frame, totals) = builder.finish();
+        parts.try_send(Part::Frame(frame.unwrap())).unwrap();
+        // After a fault nobody takes it.
+        let _ = parts.try_send(Part::End { device: Bytes::new(), totals });
+        drop(parts);
+        std::iter::from_fn(|| out.blocking_recv()).collect()
+    }
+
+    #[test]
+    fn a_captured_page_outside_ends_the_epoch_with_a_fault_and_the_next_one_goes_on() {
+        let thread = start();
+        let sent = |parts: &[Part]| matches!(parts, [.., Part::Frame(_), Part::End { .. }]);
+        assert!(sent(&epoch(&thread, 1, EpochKind::Full, 3)));
+        assert!(sent(&epoch(&thread, 2, EpochKind::Delta, 3)));
+        let parts = epoch(&thread, 3, EpochKind::Delta, 64);
+        assert!(matches!(&parts[..], [Part::Fault(text)] if text.contains("page index")), "{parts:?}");
+        assert!(sent(&epoch(&thread, 4, EpochKind::Full, 3)));
+    }
 
     #[test]
     fn idle_time_of_all_cpus() {

@@ -12,7 +12,7 @@ use understudy_proto::frame::{FrameBuilder, FrameTotals};
 use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::layout::MemoryLayout;
 use understudy_proto::limits::FRAME_TARGET_BYTES;
-use understudy_proto::rpc::epoch::{Begin, DevicePiece, Pages, PrimaryMessage, Seed};
+use understudy_proto::rpc::epoch::{Begin, DevicePiece, EpochRef, Pages, PrimaryMessage, Seed};
 use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex};
 
 use crate::capture::{PageSink, SinkClosed};
@@ -32,7 +32,12 @@ const ENCODED_FRAMES: usize = 8;
 pub(crate) enum Part {
     Seed(Box<Seed>),
     Frame(Bytes),
-    End { device: Bytes, totals: FrameTotals },
+    End {
+        device: Bytes,
+        totals: FrameTotals,
+    },
+    /// The epoch was captured, or is being captured, and cannot be sent.
+    Fault(String),
 }
 
 /// An epoch on its way out of the capture. If it breaks off before its end the epoch was given up.
@@ -80,7 +85,7 @@ pub fn feed(
     let sink =
         EpochSink { builder: FrameBuilder::new(), parts: parts_in, domain_xml: String::new(), progress };
     let parts = match encoding {
-        Some((thread, codecs)) if codecs != CodecSet::NONE => {
+        Some((thread, codecs)) => {
             let (to, encoded) = mpsc::channel(ENCODED_FRAMES);
             match thread.encode(Job { generation, epoch, kind, codecs, from: parts, to }) {
                 Ok(()) => encoded,
@@ -88,7 +93,7 @@ pub fn feed(
                 Err(job) => job.from,
             }
         }
-        _ => parts,
+        None => parts,
     };
     (sink, Feed { messages: EpochMessages { generation, epoch, kind }, parts })
 }
@@ -163,9 +168,16 @@ impl EpochMessages {
         PrimaryMessage::Begin(Begin { generation: self.generation, epoch: self.epoch, kind: self.kind })
     }
 
+    /// The epoch.
+    pub(super) fn at(&self) -> EpochRef {
+        EpochRef { generation: self.generation, epoch: self.epoch }
+    }
+
+    /// The messages of a part; none of a fault.
     pub(super) fn of(&self, part: Part) -> Vec<PrimaryMessage> {
         let epoch = self.epoch;
         match part {
+            Part::Fault(_) => Vec::new(),
             Part::Seed(seed) => vec![PrimaryMessage::Seed(*seed), self.begin_message()],
             Part::Frame(frame) => vec![PrimaryMessage::Pages(Pages { epoch, frame })],
             Part::End { device, totals } => {

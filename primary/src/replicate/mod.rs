@@ -18,7 +18,8 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 use understudy_proto::epoch::EpochKind;
 use understudy_proto::rpc::epoch::{
-    BackupMessage, EpochRef, GoodbyeReason, Hello, HelloAck, PrimaryMessage, Refused, Reject, Standby,
+    BackupMessage, EpochRef, GoodbyeReason, Hello, HelloAck, PrimaryMessage, Refused, Reject, RejectCode,
+    Standby,
 };
 
 use feed::EpochMessages;
@@ -90,6 +91,8 @@ pub struct Replicator {
     feed: Option<(EpochMessages, mpsc::Receiver<Part>)>,
     /// The unacknowledged delta, as far as it is captured.
     kept: Vec<PrimaryMessage>,
+    /// Why the epoch at hand will never be whole, if it will not.
+    broken: Option<Reject>,
     /// What the stream at hand has not taken yet.
     queue: VecDeque<PrimaryMessage>,
     heartbeats: u64,
@@ -131,6 +134,7 @@ impl Replicator {
             live: None,
             feed: None,
             kept: Vec::new(),
+            broken: None,
             queue: VecDeque::new(),
             heartbeats: 0,
             meter: Meter::default(),
@@ -157,11 +161,11 @@ impl Replicator {
             match turn {
                 Turn::Order(None) => return,
                 Turn::Order(Some(Order::Close(goodbye))) => return self.close(goodbye).await,
-                Turn::Order(Some(order)) => self.order(order),
+                Turn::Order(Some(order)) => self.order(order).await,
                 Turn::Opened(result) => self.opened(result).await,
                 Turn::Room(true) => self.send_next(),
                 Turn::Room(false) => self.lost("the stream was closed".to_owned()).await,
-                Turn::Part(part) => self.part(part),
+                Turn::Part(part) => self.part(part).await,
                 Turn::Message(Some(Ok(message))) => self.message(message).await,
                 Turn::Message(Some(Err(reason))) => self.lost(reason).await,
                 Turn::Message(None) => self.lost("the backup ended the stream".to_owned()).await,
@@ -205,7 +209,7 @@ impl Replicator {
         }
     }
 
-    fn order(&mut self, order: Order) {
+    async fn order(&mut self, order: Order) {
         match order {
             Order::Connect { session, after } => {
                 self.live = None;
@@ -226,6 +230,7 @@ impl Replicator {
                     }
                 }
             }
+            Order::Resend if self.broken.is_some() => self.tell_broken().await,
             Order::Resend => {
                 info!(messages = self.kept.len(), "sending the unacknowledged epoch again");
                 self.queue.extend(self.kept.iter().cloned());
@@ -238,7 +243,17 @@ impl Replicator {
     fn forget(&mut self) {
         self.feed = None;
         self.kept.clear();
+        self.broken = None;
         self.queue.clear();
+    }
+
+    /// An epoch that cannot be sent is as good as one that the backup has dropped. Without a stream the engine asks for it
+    /// again when there is one, and hears it then.
+    async fn tell_broken(&mut self) {
+        let session = self.live.as_ref().filter(|live| live.accepted).map(|live| live.session);
+        if let (Some(session), Some(reject)) = (session, self.broken.clone()) {
+            self.report(Report::Rejected(session, reject)).await;
+        }
     }
 
     fn queue_message(&mut self, message: PrimaryMessage) {
@@ -252,13 +267,19 @@ impl Replicator {
         }
     }
 
-    fn part(&mut self, part: Option<Part>) {
+    async fn part(&mut self, part: Option<Part>) {
         let Some((messages, _)) = &mut self.feed else { return };
         let Some(part) = part else {
             // Ended, or given up by the capture: then the engine says what becomes of it.
             self.feed = None;
             return;
         };
+        if let Part::Fault(text) = part {
+            warn!(epoch = %messages.at().epoch, text, "the epoch cannot be sent");
+            self.broken = Some(Reject { at: messages.at(), code: RejectCode::Internal, text });
+            self.feed = None;
+            return self.tell_broken().await;
+        }
         let complete = matches!(part, Part::End { .. });
         for message in messages.of(part) {
             self.queue_message(message);

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 pub(crate) use backup::StubBackup;
 pub(crate) use guest::{DIRTY_PAGES, FakeGuest};
-use understudy_primary::agent::{self, Encoding, Handle, Plan, Wish};
-use understudy_primary::encode::Compress;
+use understudy_primary::agent::{self, Handle, Plan, Wish};
+use understudy_primary::encode::{Compress, Encoding};
 use understudy_primary::engine::{Outcome, Settings};
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::Offer;

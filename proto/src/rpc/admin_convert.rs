@@ -198,8 +198,7 @@ impl TryFrom<wire::GuestStatus> for domain::GuestStatus {
             libvirt: text("libvirt version", m.libvirt)?,
             detail: text("detail", m.detail)?,
             failover: m.failover.map(TryInto::try_into).transpose()?,
-            raw_bytes_total: m.raw_bytes_total,
-            encoding: text("encoding", m.encoding)?,
+            encoding: m.encoding.map(TryInto::try_into).transpose()?,
         })
     }
 }
@@ -228,8 +227,43 @@ impl From<domain::GuestStatus> for wire::GuestStatus {
             libvirt: m.libvirt,
             detail: shortened(m.detail),
             failover: m.failover.map(Into::into),
-            raw_bytes_total: m.raw_bytes_total,
-            encoding: shortened(m.encoding),
+            encoding: m.encoding.map(Into::into),
+        }
+    }
+}
+
+impl TryFrom<wire::EncodingReport> for domain::EncodingReport {
+    type Error = ProtocolError;
+
+    fn try_from(m: wire::EncodingReport) -> Result<Self, ProtocolError> {
+        let report = Self {
+            mode: text("encoding mode", m.mode)?,
+            plan: text("encoding plan", m.plan)?,
+            reason: text("reason of the encoding", m.reason)?,
+            raw_bytes: m.raw_bytes,
+            sent_bytes: m.sent_bytes,
+            cache_bytes: m.cache_bytes,
+            cache_hits: m.cache_hits,
+            cache_misses: m.cache_misses,
+            pages: text("pages by codec", m.pages)?,
+            ..Self::default()
+        };
+        Ok(report.with_rates())
+    }
+}
+
+impl From<domain::EncodingReport> for wire::EncodingReport {
+    fn from(m: domain::EncodingReport) -> Self {
+        Self {
+            mode: m.mode,
+            plan: m.plan,
+            reason: shortened(m.reason),
+            raw_bytes: m.raw_bytes,
+            sent_bytes: m.sent_bytes,
+            cache_bytes: m.cache_bytes,
+            cache_hits: m.cache_hits,
+            cache_misses: m.cache_misses,
+            pages: shortened(m.pages),
         }
     }
 }
