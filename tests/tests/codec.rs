@@ -283,7 +283,7 @@ fn codecs() -> impl Strategy<Value = CodecSet> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
     fn the_image_is_the_guest_of_the_last_committed_epoch(
