@@ -76,6 +76,7 @@ pub async fn examine(
         guest: id,
         name: facts.domain.name().to_owned(),
         to: request.to.clone(),
+        insecure: request.insecure,
         epoch_ms: u32::try_from(epoch.as_millis()).unwrap_or(u32::MAX),
         generation,
     };
@@ -106,7 +107,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     result.map_err(|error| Failure::new(FailureKind::Internal, "agent", error.to_string()))
 }
 
-fn libvirt_failure(error: LibvirtError) -> Failure {
+pub(crate) fn libvirt_failure(error: LibvirtError) -> Failure {
     let kind = match &error {
         LibvirtError::NoDomain { .. } => {
             return Failure::new(FailureKind::NotFound, "no-domain", error.to_string());
@@ -142,7 +143,7 @@ async fn facts(agent: &Arc<Agent>, key: &str) -> Result<Facts, Failure> {
 }
 
 /// What the backup agent of this host remembers of the guest. After a failover to here it alone knows the generation.
-fn local_record(state_dir: &Path, guest: GuestId) -> Result<Option<ControlFile>, Failure> {
+pub(crate) fn local_record(state_dir: &Path, guest: GuestId) -> Result<Option<ControlFile>, Failure> {
     let path = state_dir.join(control::FOLDER).join(control::file_name(guest));
     let unusable = |reason: String| {
         Failure::new(FailureKind::FailedPrecondition, "control-file", format!("{}: {reason}", path.display()))
@@ -158,12 +159,29 @@ fn local_record(state_dir: &Path, guest: GuestId) -> Result<Option<ControlFile>,
 async fn probe(host: &str, guest: GuestId, machine: &str) -> Result<ProbeReply, Failure> {
     let request =
         ProbeRequest { offer: Offer::ours(), guest: Some(guest), machine: Some(machine.to_owned()) };
+    probe_with(host, request, PROBE_LIMIT).await
+}
+
+/// Whether a backup answers at all and could work with this agent. Asks libvirt nothing.
+///
+/// # Errors
+/// Why not.
+pub async fn reach(host: &str, limit: Duration) -> Result<(), Failure> {
+    let request = ProbeRequest { offer: Offer::ours(), guest: None, machine: None };
+    let reply = probe_with(host, request, limit).await?;
+    match negotiate::select(&Offer::ours(), &reply.offer) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Failure::new(FailureKind::FailedPrecondition, "incompatible", error.to_string())),
+    }
+}
+
+async fn probe_with(host: &str, request: ProbeRequest, limit: Duration) -> Result<ProbeReply, Failure> {
     let asking = async {
         let channel = transport::connect_plaintext(host).await?;
         EpochsClient::new(channel).probe(request).await
     };
-    tokio::time::timeout(PROBE_LIMIT, asking).await.unwrap_or_else(|_| {
-        let reason = format!("no answer within {} s", PROBE_LIMIT.as_secs());
+    tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| {
+        let reason = format!("no answer within {:.1} s", limit.as_secs_f64());
         Err(Failure::new(FailureKind::Unavailable, "unreachable", reason))
     })
 }

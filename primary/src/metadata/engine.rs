@@ -42,15 +42,21 @@ pub enum Event {
     },
     /// It has ended.
     Stopped(GuestId),
-    /// What a look at a domain has found. `first` if the look was not caused by a change.
+    /// The domains that run: the answer to [`Command::LookAtAll`].
+    Listed(Vec<GuestId>),
+    /// What a look at a domain has found: the answer to [`Command::Look`], as [`Event::Gone`] is.
     Found {
         /// The domain.
         guest: GuestId,
         /// What was found.
         found: Found,
-        /// Whether nothing is known to have changed: the agent looks for the first time.
+        /// As it was in the command.
         first: bool,
     },
+    /// A look at a domain has found that there is no such domain.
+    Gone(GuestId),
+    /// The command is out of the XML, or cannot be taken out, in words.
+    TakenOut(GuestId, Result<(), String>),
     /// How its protection fares, whoever began it.
     Fares(GuestId, Protection),
     /// [`Command::Protect`] has failed.
@@ -68,15 +74,20 @@ pub enum Event {
 /// Something to be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    /// Look at all running domains.
+    /// List all running domains.
     LookAtAll,
     /// Look at this one.
-    Look(GuestId),
+    Look {
+        /// The domain.
+        guest: GuestId,
+        /// Nothing is known to have changed: the agent looks for the first time.
+        first: bool,
+    },
     /// Protect it, as an operator would.
     Protect(GuestId, Protect),
     /// End its protection, as an operator would.
     Unprotect(GuestId),
-    /// Take the command out of the XML; it is done or reported by other commands.
+    /// Take the command out of the XML. What is to be done is done after that, so never twice.
     TakeOut(GuestId),
     /// Do a failover, as an operator would.
     Failover(GuestId),
@@ -108,6 +119,8 @@ struct Domain {
     attempts: u32,
     report: Report,
     command: String,
+    /// To be done once it is out of the XML.
+    ordered: Option<Order>,
     /// What stands in the XML, as far as is known, and since when.
     published: Option<Option<State>>,
     published_at: Option<Instant>,
@@ -123,6 +136,7 @@ impl Domain {
             attempts: 0,
             report: Report::default(),
             command: String::new(),
+            ordered: None,
             published: None,
             published_at: None,
         }
@@ -144,6 +158,8 @@ impl Domain {
 #[derive(Debug, Default)]
 pub struct Engine {
     domains: BTreeMap<GuestId, Domain>,
+    /// Looks under way, and whether another one is needed after it: two at a time could answer in the wrong order.
+    looks: BTreeMap<GuestId, bool>,
 }
 
 impl Engine {
@@ -157,23 +173,41 @@ impl Engine {
                     // Another run of the guest: what was true of the last one is over.
                     *domain = Domain { mark: domain.mark.clone(), ..Domain::new() };
                 }
-                out.push(Command::Look(guest));
+                self.look(guest, false, &mut out);
             }
+            Event::Listed(guests) => guests.into_iter().for_each(|guest| self.look(guest, true, &mut out)),
             Event::Stopped(guest) => {
                 // The live XML is gone with the guest, and the report with it.
                 self.domains.remove(&guest);
+                if let Some(again) = self.looks.get_mut(&guest) {
+                    // What it will find may be older than this.
+                    *again = true;
+                }
             }
-            Event::Found { guest, found, first } => self.found(guest, found, first, now, &mut out),
-            Event::Fares(guest, protection) => self.fares(guest, protection, now),
+            Event::Gone(guest) => {
+                self.domains.remove(&guest);
+                self.looked(guest, &mut out);
+            }
+            Event::Found { guest, found, first } => {
+                self.found(guest, found, first, now, &mut out);
+                self.looked(guest, &mut out);
+            }
+            Event::TakenOut(guest, result) => self.taken_out(guest, result, &mut out),
+            Event::Fares(guest, protection) => self.fares(guest, protection, now, &mut out),
             Event::Failed(guest, failed) => {
                 if let Some(domain) = self.domains.get_mut(&guest)
                     && domain.phase == Phase::Protecting
                 {
+                    domain.applied = None;
                     domain.phase = failure(failed, &mut domain.attempts, now);
                 }
             }
             Event::Unprotected(guest, result) => self.unprotected(guest, result, now),
             Event::FailedOver(guest, result) => {
+                // It runs here now, and may be marked for protection.
+                if result.is_ok() {
+                    self.look(guest, false, &mut out);
+                }
                 if let Some(domain) = self.domains.get_mut(&guest) {
                     domain.command = match result {
                         Ok(text) => format!("failover: done: {text}"),
@@ -203,12 +237,42 @@ impl Engine {
         self.domains.keys().copied().collect()
     }
 
+    fn look(&mut self, guest: GuestId, first: bool, out: &mut Vec<Command>) {
+        match self.looks.get_mut(&guest) {
+            Some(again) => *again |= !first,
+            None => {
+                self.looks.insert(guest, false);
+                out.push(Command::Look { guest, first });
+            }
+        }
+    }
+
+    fn looked(&mut self, guest: GuestId, out: &mut Vec<Command>) {
+        if self.looks.remove(&guest) == Some(true) {
+            self.look(guest, false, out);
+        }
+    }
+
+    fn taken_out(&mut self, guest: GuestId, result: Result<(), String>, out: &mut Vec<Command>) {
+        let Some(domain) = self.domains.get_mut(&guest) else { return };
+        match (domain.ordered.take(), result) {
+            (None, _) => {}
+            (Some(Order::Failover), Ok(())) => out.push(Command::Failover(guest)),
+            (Some(Order::Failover), Err(reason)) => {
+                domain.command = format!("failover: not done: it cannot be taken out of the XML: {reason}");
+            }
+        }
+    }
+
     fn found(&mut self, guest: GuestId, found: Found, first: bool, now: Instant, out: &mut Vec<Command>) {
         if found.absent() && !self.domains.contains_key(&guest) {
             return;
         }
         let domain = self.domains.entry(guest).or_insert_with(Domain::new);
         domain.running = found.running;
+        if found.standby {
+            domain.report = Report { value: "standby".to_owned(), ..Report::default() };
+        }
         if domain.published.is_none() {
             domain.published = Some(found.reported.clone());
         }
@@ -231,26 +295,28 @@ impl Engine {
             domain.applied = found.protection.as_protect();
             domain.phase = Phase::Following;
         }
-        match found.command {
-            None => {}
-            Some(order) => {
-                out.push(Command::TakeOut(guest));
-                domain.command = match order {
-                    Err(mistake) => format!("not understood: {mistake}"),
-                    Ok(Order::Failover) if first => {
-                        "failover: not done: it was asked for before the agent looked; ask again".to_owned()
-                    }
-                    Ok(Order::Failover) => {
-                        out.push(Command::Failover(guest));
-                        "failover: under way".to_owned()
-                    }
-                };
-            }
+        if let Some(order) = found.command
+            && domain.ordered.is_none()
+        {
+            out.push(Command::TakeOut(guest));
+            domain.command = match order {
+                Err(mistake) => format!("not understood: {mistake}"),
+                Ok(Order::Failover) if first => {
+                    "failover: not done: it was asked for before the agent looked; ask again".to_owned()
+                }
+                Ok(order) => {
+                    domain.ordered = Some(order);
+                    "failover: under way".to_owned()
+                }
+            };
         }
-        self.fares(guest, found.protection, now);
+        // An end that a look has seen may be older than what has begun since; it is told by itself.
+        if found.protection.is_active() {
+            self.fares(guest, found.protection, now, out);
+        }
     }
 
-    fn fares(&mut self, guest: GuestId, protection: Protection, now: Instant) {
+    fn fares(&mut self, guest: GuestId, protection: Protection, now: Instant, out: &mut Vec<Command>) {
         let Some(domain) = self.domains.get_mut(&guest) else { return };
         match protection {
             Protection::None => {
@@ -260,7 +326,14 @@ impl Engine {
                 }
             }
             Protection::Active { report, .. } => {
-                if domain.phase == Phase::Protecting {
+                // An operator's protection is taken for what the mark wants, until the mark changes.
+                let adopted = matches!(domain.phase, Phase::Waiting { .. } | Phase::Off)
+                    && domain.applied.is_none()
+                    && domain.wanted().is_some();
+                if adopted {
+                    domain.applied = domain.wanted().cloned();
+                }
+                if adopted || domain.phase == Phase::Protecting {
                     domain.phase = Phase::Following;
                 }
                 if report.settled {
@@ -279,8 +352,9 @@ impl Engine {
                     Ended::Failed(failed) => failure(failed, &mut domain.attempts, now),
                 };
                 if domain.phase == Phase::Idle {
-                    // What runs is about to be gone; a start is an event of its own.
+                    // It is about to be gone, unless it was started anew before its end was noticed here.
                     domain.running = false;
+                    self.look(guest, false, out);
                 }
             }
         }
@@ -334,6 +408,8 @@ fn decide(guest: GuestId, domain: &mut Domain, now: Instant, out: &mut Vec<Comma
             // A mistake in the mark leaves things as they are: it is no wish to lose the protection.
             let same = match (&domain.mark, &domain.applied) {
                 (Err(_), _) | (_, None) => true,
+                // Its end is under way and has an outcome of its own.
+                _ if !domain.running => true,
                 (Ok(_), Some(applied)) => domain.wanted().is_some_and(|wanted| wanted.same_protection(applied)),
             };
             if !same {
@@ -376,7 +452,7 @@ impl SameProtection for Protect {
 
 /// Publishes what has changed, not too often.
 fn report(guest: GuestId, domain: &mut Domain, now: Instant, out: &mut Vec<Command>) {
-    if !domain.running || domain.report.silent {
+    if !domain.running {
         return;
     }
     let state = state(domain);
@@ -405,6 +481,7 @@ fn state(domain: &Domain) -> Option<State> {
         state.remedy.clone_from(&failed.remedy);
     };
     match &domain.phase {
+        Phase::Idle if domain.report.value == "standby" => state.value.clone_from(&domain.report.value),
         Phase::Idle => state.value = "off".to_owned(),
         Phase::Off => {
             state.value = "off".to_owned();

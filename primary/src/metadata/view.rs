@@ -9,6 +9,8 @@ use understudy_hook::metadata::{Command, Output, Protect, State};
 pub struct Found {
     /// Whether it runs.
     pub running: bool,
+    /// It is the standby of a guest that runs elsewhere: its mark is none of this host's business.
+    pub standby: bool,
     /// The user's element, or what is wrong with it.
     pub mark: Result<Option<Protect>, String>,
     /// The user's command, or what is wrong with it.
@@ -83,8 +85,6 @@ pub struct Report {
     pub detail: String,
     /// Whether it stands: attempts are counted anew after it.
     pub settled: bool,
-    /// Whether nothing is to be published: the domain is not ours to write to.
-    pub silent: bool,
 }
 
 /// Why a protection is over.
