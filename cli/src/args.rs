@@ -38,6 +38,41 @@ pub(crate) enum Command {
     /// With --json the answer is {"agents":{"primary":..,"backup":..},"guests":[..]}: for each agent "running" or
     /// why it did not answer, and a guest for each agent that knows it. Names of fields carry their unit.
     Status(StatusArgs),
+    /// Install, remove or examine libvirt's hook, which tells the agent of starts and ends, and refuses to start a guest
+    /// that says required='yes' and cannot be protected.
+    #[command(subcommand)]
+    Hook(HookCommand),
+    /// Print what makes a shell complete this command, for example: understudy completion bash >
+    /// /etc/bash_completion.d/understudy
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages of this command into a folder, for example /usr/local/share/man/man1.
+    Man {
+        /// The folder; it must exist.
+        folder: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HookCommand {
+    /// Put the hook where libvirt looks for it.
+    Install(HookArgs),
+    /// Take it away again.
+    Remove(HookArgs),
+    /// Say whether it is there, libvirt has seen it and the agent answers it.
+    Status(HookArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct HookArgs {
+    /// Where libvirt looks for hooks.
+    #[arg(long, value_name = "DIR", default_value = "/etc/libvirt/hooks")]
+    pub hooks_dir: PathBuf,
+    /// The hook; understudy-hook beside this command if left out.
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

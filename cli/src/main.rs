@@ -3,6 +3,8 @@
 
 mod args;
 mod commands;
+mod generate;
+mod hook;
 mod progress;
 mod status;
 
@@ -39,5 +41,8 @@ async fn run(args: &Args) -> Result<(), Failure> {
         Command::Unprotect { domain } => commands::unprotect(sockets, domain).await,
         Command::Failover(a) => commands::failover(sockets, a).await,
         Command::Status(a) => status::status(sockets, a).await,
+        Command::Hook(a) => hook::run(sockets, a),
+        Command::Completion { shell } => generate::completion(*shell),
+        Command::Man { folder } => generate::manual(folder),
     }
 }

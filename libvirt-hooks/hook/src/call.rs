@@ -62,7 +62,10 @@ pub fn line(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     if line.len() > MAX_LINE_BYTES {
-        return Err(io::Error::other(format!("a line of {} bytes, the limit is {MAX_LINE_BYTES}", line.len())));
+        return Err(io::Error::other(format!(
+            "a line of {} bytes, the limit is {MAX_LINE_BYTES}",
+            line.len()
+        )));
     }
     Ok(line)
 }

@@ -38,7 +38,11 @@ fn hook(folder: &Path, arguments: &[&str], xml: &str) -> Output {
 }
 
 /// An agent that does `act` with each of `count` connections.
-fn agent(folder: &Path, count: usize, act: impl Fn(UnixStream) + Send + 'static) -> std::thread::JoinHandle<()> {
+fn agent(
+    folder: &Path,
+    count: usize,
+    act: impl Fn(UnixStream) + Send + 'static,
+) -> std::thread::JoinHandle<()> {
     let listener = UnixListener::bind(folder.join(HOOK_SOCKET)).unwrap();
     std::thread::spawn(move || (0..count).for_each(|_| act(listener.accept().unwrap().0)))
 }
@@ -54,7 +58,8 @@ const OPERATIONS: [&str; 9] =
 fn without_an_agent_nothing_fails_but_what_is_required() {
     let folder = tempfile::tempdir().unwrap();
     for operation in OPERATIONS.into_iter().chain(["something-new", ""]) {
-        let optional = hook(folder.path(), &["web", operation, "begin", "-"], &marked("enabled='yes' backup='b'"));
+        let optional =
+            hook(folder.path(), &["web", operation, "begin", "-"], &marked("enabled='yes' backup='b'"));
         assert!(optional.status.success(), "{operation}: {optional:?}");
         let required = marked("enabled='yes' backup='b' required='yes'");
         let required = hook(folder.path(), &["web", operation, "begin", "-"], &required);
@@ -106,7 +111,9 @@ fn an_agent_that_hangs_or_babbles_does_not_hold_libvirt() {
         keep.send(stream).unwrap();
     });
     for operation in ["prepare", "reconnect", "release"] {
-        assert!(hook(folder.path(), &["web", operation], &marked("enabled='yes' backup='b'")).status.success());
+        assert!(
+            hook(folder.path(), &["web", operation], &marked("enabled='yes' backup='b'")).status.success()
+        );
     }
     let required = marked("enabled='yes' backup='b' required='yes'");
     assert!(!hook(folder.path(), &["web", "start"], &required).status.success());
@@ -122,7 +129,9 @@ fn an_agent_that_hangs_or_babbles_does_not_hold_libvirt() {
 fn a_silent_agent_and_an_open_standard_input_are_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(folder.path().join(HOOK_SOCKET)).unwrap();
-    for (xml, fine) in [("enabled='yes' backup='b'", true), ("enabled='yes' backup='b' required='yes'", false)] {
+    for (xml, fine) in
+        [("enabled='yes' backup='b'", true), ("enabled='yes' backup='b' required='yes'", false)]
+    {
         // Nobody accepts: the kernel's queue takes the connection, and no answer comes.
         assert_eq!(hook(folder.path(), &["web", "prepare"], &marked(xml)).status.success(), fine);
     }

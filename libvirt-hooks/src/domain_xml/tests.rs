@@ -279,7 +279,9 @@ fn machine_types_of_an_architecture() {
 #[test]
 fn what_was_reported_of_a_guest_does_not_go_to_another_host() {
     let with = |inside: &str| {
-        format!("<domain><name>a</name><uuid>1</uuid>{inside}<os><type machine='pc-q35-7.2'>hvm</type></os></domain>")
+        format!(
+            "<domain><name>a</name><uuid>1</uuid>{inside}<os><type machine='pc-q35-7.2'>hvm</type></os></domain>"
+        )
     };
     let wish = "<u:protect xmlns:u='urn:understudy:domain:1' enabled='yes' backup='b'/>";
     let state = "<s:state xmlns:s='urn:understudy:state:1' value='protected'/>";

@@ -9,7 +9,9 @@ mod command;
 mod event_loop;
 mod link;
 
-pub(crate) use callback::{CloseWatch, Sink, Subscription, subscribe_host, subscribe_lifecycle, subscribe_qmp};
+pub(crate) use callback::{
+    CloseWatch, Sink, Subscription, subscribe_host, subscribe_lifecycle, subscribe_qmp,
+};
 pub(crate) use command::monitor_command_with_fd;
 pub(crate) use event_loop::start_event_loop;
 pub(crate) use link::Link;

@@ -30,6 +30,7 @@ pub const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Something that has happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "a few a second, and they live for a moment")]
 pub enum Event {
     /// All domains must be looked at: the agent or its connection to libvirt is new, or events were lost.
     Began,
@@ -100,7 +101,10 @@ enum Phase {
     Idle,
     Protecting,
     /// Failed; again at that time, if time can help.
-    Waiting { failed: Failed, again: Option<Instant> },
+    Waiting {
+        failed: Failed,
+        again: Option<Instant>,
+    },
     /// It is protected, by us or by an operator.
     Following,
     /// It is being ended by us.
@@ -410,7 +414,9 @@ fn decide(guest: GuestId, domain: &mut Domain, now: Instant, out: &mut Vec<Comma
                 (Err(_), _) | (_, None) => true,
                 // Its end is under way and has an outcome of its own.
                 _ if !domain.running => true,
-                (Ok(_), Some(applied)) => domain.wanted().is_some_and(|wanted| wanted.same_protection(applied)),
+                (Ok(_), Some(applied)) => {
+                    domain.wanted().is_some_and(|wanted| wanted.same_protection(applied))
+                }
             };
             if !same {
                 domain.phase = Phase::Ending;
@@ -431,7 +437,8 @@ fn wanted_in_vain(wanted: &Protect) -> Option<Failed> {
         return never("disk-policy", reason, "take the <disk> out; disks must be read-only");
     }
     if let Some(nic) = wanted.nics.iter().find(|nic| nic.output != wanted.output) {
-        let reason = format!("the card {} is to differ from the others, which this version cannot do", nic.mac);
+        let reason =
+            format!("the card {} is to differ from the others, which this version cannot do", nic.mac);
         return never("nic-policy", reason, "take the <nic> out and say output='gated' or 'ungated' for all");
     }
     None
@@ -485,7 +492,8 @@ fn state(domain: &Domain) -> Option<State> {
         Phase::Idle => state.value = "off".to_owned(),
         Phase::Off => {
             state.value = "off".to_owned();
-            state.detail = "an operator has ended the protection; change the element to begin anew".to_owned();
+            state.detail =
+                "an operator has ended the protection; change the element to begin anew".to_owned();
         }
         Phase::Protecting => state.value = "starting".to_owned(),
         Phase::Waiting { failed: why, again } => {

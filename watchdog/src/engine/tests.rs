@@ -18,7 +18,14 @@ fn ms(ms: u64) -> Duration {
 
 fn listed(guest: GuestId) -> ProtectedGuest {
     let name = format!("g{}", guest.0.as_u128());
-    ProtectedGuest { guest, name, to: "beta".into(), insecure: true, epoch_ms: 100, generation: Generation(1) }
+    ProtectedGuest {
+        guest,
+        name,
+        to: "beta".into(),
+        insecure: true,
+        epoch_ms: 100,
+        generation: Generation(1),
+    }
 }
 
 fn facts(colo: bool, state: RunState) -> Facts {

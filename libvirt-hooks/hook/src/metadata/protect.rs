@@ -111,9 +111,8 @@ impl Protect {
             why,
         })?;
         let enabled = yes_no(PROTECT, "enabled", enabled)?;
-        let flag = |name: &'static str| {
-            node.attribute(name).map_or(Ok(false), |value| yes_no(PROTECT, name, value))
-        };
+        let flag =
+            |name: &'static str| node.attribute(name).map_or(Ok(false), |value| yes_no(PROTECT, name, value));
         let mut wanted = Self {
             enabled,
             backup: node.attribute("backup").map_or(Ok(String::new()), backup)?,
@@ -283,6 +282,7 @@ fn epoch(value: &str) -> Result<Option<Duration>, MetadataError> {
 /// Every word of the grammar, for the test that compares it with the schema.
 #[cfg(test)]
 pub(super) fn words() -> impl Iterator<Item = &'static str> {
-    let values = ["yes", "no", "gated", "ungated", "buffer", "ignore", "gate", "open", "auto", "target", "mac"];
+    let values =
+        ["yes", "no", "gated", "ungated", "buffer", "ignore", "gate", "open", "auto", "target", "mac"];
     ATTRIBUTES.iter().chain(CHILDREN).copied().chain([PROTECT, "policy"]).chain(values)
 }

@@ -30,7 +30,8 @@ fn one_line_is_enough() {
 
 #[test]
 fn everything_can_be_said() {
-    let xml = "<p:protect xmlns:p='urn:understudy:domain:1' enabled='yes' backup='[fe80::1]:7421' epoch='25ms'
+    let xml =
+        "<p:protect xmlns:p='urn:understudy:domain:1' enabled='yes' backup='[fe80::1]:7421' epoch='25ms'
         required='yes' insecure='yes' output='ungated'><!-- why --><p:disk target='vda' policy='buffer'/>
         <p:disk target='sdb' policy='ignore'/><p:nic mac='52:54:00:AB:cd:ef' policy='gate'/></p:protect>";
     let wanted = Protect::in_domain(&domain(xml)).unwrap().unwrap();
@@ -48,8 +49,14 @@ fn mistakes_name_the_nearest_valid_word() {
         ("<protect enable='yes'/>", "no attribute \"enable\"; did you mean \"enabled\"?"),
         ("<protect enabled='yes' backp='b'/>", "\"backup\"?"),
         ("<protect enabled='yes' backup='b' Epoch='9ms'/>", "did you mean \"epoch\"?"),
-        ("<protect enabled='yes' backup='b' u:required='yes' xmlns:u='urn:u'/>", "did you mean \"required\"?"),
-        ("<protect enabled='yes' backup='b'><dsk/></protect>", "<dsk> is not known in <protect>; did you mean <disk>?"),
+        (
+            "<protect enabled='yes' backup='b' u:required='yes' xmlns:u='urn:u'/>",
+            "did you mean \"required\"?",
+        ),
+        (
+            "<protect enabled='yes' backup='b'><dsk/></protect>",
+            "<dsk> is not known in <protect>; did you mean <disk>?",
+        ),
         ("<protect enabled='yes' backup='b'><o:disk xmlns:o='urn:o'/></protect>", "<disk> is not known"),
         ("<protct enabled='yes'/>", "did you mean <protect>?"),
         ("<protect enabled='ja' backup='b'/>", "enabled of <protect> is \"ja\"; did you mean"),
@@ -65,12 +72,27 @@ fn mistakes_name_the_nearest_valid_word() {
         ("<protect enabled='yes' backup='b' epoch='-5ms'/>", "\"auto\""),
         ("<protect enabled='yes' backup='b'>on</protect>", "contains text"),
         ("<protect enabled='yes' backup='b'>&amp;</protect>", "contains text"),
-        ("<protect enabled='yes' backup='b'><disk target='vda'/></protect>", "lacks the attribute \"policy\""),
-        ("<protect enabled='yes' backup='b'><disk target='v/a' policy='buffer'/></protect>", "for example 'vda'"),
-        ("<protect enabled='yes' backup='b'><disk target='a' policy='bufer'/></protect>", "did you mean \"buffer\"?"),
+        (
+            "<protect enabled='yes' backup='b'><disk target='vda'/></protect>",
+            "lacks the attribute \"policy\"",
+        ),
+        (
+            "<protect enabled='yes' backup='b'><disk target='v/a' policy='buffer'/></protect>",
+            "for example 'vda'",
+        ),
+        (
+            "<protect enabled='yes' backup='b'><disk target='a' policy='bufer'/></protect>",
+            "did you mean \"buffer\"?",
+        ),
         ("<protect enabled='yes' backup='b'><nic mac='52:54' policy='gate'/></protect>", "six bytes"),
-        ("<protect enabled='yes' backup='b'><nic mac='52:54:00:00:00:01' policy='opn'/></protect>", "did you mean \"open\"?"),
-        ("<protect enabled='yes' backup='b'><nic mac='52:54:00:00:00:01' policy='gate'/><nic mac='52:54:00:00:00:01' policy='open'/></protect>", "twice"),
+        (
+            "<protect enabled='yes' backup='b'><nic mac='52:54:00:00:00:01' policy='opn'/></protect>",
+            "did you mean \"open\"?",
+        ),
+        (
+            "<protect enabled='yes' backup='b'><nic mac='52:54:00:00:00:01' policy='gate'/><nic mac='52:54:00:00:00:01' policy='open'/></protect>",
+            "twice",
+        ),
         ("<protect enabled='yes' enabled='no'/>", "malformed"),
         ("<protect enabled='yes'", "malformed"),
         ("<a:protect enabled='yes'/>", "\"a\" is not declared"),
@@ -92,7 +114,8 @@ fn size_and_depth_are_bounded() {
 #[test]
 fn only_elements_directly_in_the_metadata_count() {
     let ours = "<u:protect xmlns:u='urn:understudy:domain:1' enabled='yes' backup='b' required='yes'/>";
-    let elsewhere = format!("<domain><devices>{ours}</devices><metadata><x xmlns='urn:x'>{ours}</x></metadata></domain>");
+    let elsewhere =
+        format!("<domain><devices>{ours}</devices><metadata><x xmlns='urn:x'>{ours}</x></metadata></domain>");
     assert_eq!(Protect::in_domain(&elsewhere).unwrap(), None);
     assert!(!asks_to_be_required(&elsewhere));
     assert!(Protect::in_domain(&domain(&format!("{ours}{ours}"))).unwrap_err().to_string().contains("twice"));
@@ -115,7 +138,10 @@ fn a_mistake_elsewhere_does_not_make_a_required_guest_optional() {
 #[test]
 fn commands_are_read() {
     assert_eq!(Command::parse("<failover/>").unwrap(), Command::Failover);
-    assert_eq!(Command::parse("<c:failover xmlns:c='urn:understudy:command:1'/>").unwrap(), Command::Failover);
+    assert_eq!(
+        Command::parse("<c:failover xmlns:c='urn:understudy:command:1'/>").unwrap(),
+        Command::Failover
+    );
     assert!(Command::parse("<failovr/>").unwrap_err().to_string().contains("<failover>"));
     assert!(Command::parse("<failover force='yes'/>").is_err());
     assert!(Command::parse("<failover>now</failover>").is_err());
@@ -123,7 +149,8 @@ fn commands_are_read() {
 
 #[test]
 fn a_state_is_short_and_well_formed() {
-    let state = State { value: "protected".into(), backup: "b".into(), by_metadata: true, ..State::default() };
+    let state =
+        State { value: "protected".into(), backup: "b".into(), by_metadata: true, ..State::default() };
     assert_eq!(state.to_xml(), "<state value='protected' backup='b' by='metadata'/>");
     let long = State { detail: "\u{e9}".repeat(5000), ..state };
     assert!(long.to_xml().len() < 1200);
@@ -134,7 +161,11 @@ fn the_schema_knows_the_same_words() {
     let schema = include_str!("../../schema/understudy-domain.rng");
     Node::parse(schema).unwrap();
     for name in protect::words() {
-        assert!(schema.contains(&format!("name=\"{name}\"")) || schema.contains(&format!("<value>{name}</value>")), "{name}");
+        assert!(
+            schema.contains(&format!("name=\"{name}\""))
+                || schema.contains(&format!("<value>{name}</value>")),
+            "{name}"
+        );
     }
 }
 
