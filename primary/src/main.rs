@@ -62,7 +62,7 @@ async fn serve(config: Config) -> Result<()> {
     info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), guests = remembered.len(), "started");
 
     let hooks = metadata::listen(&agent.config.run_dir)?;
-    tokio::spawn(metadata::serve_hooks(hooks));
+    tokio::spawn(metadata::serve_hooks(hooks, agent.config.clone()));
 
     let routes = admin_routes(Arc::new(Admin::new(Arc::clone(&agent))));
     let serving =

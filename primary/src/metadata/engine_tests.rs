@@ -104,7 +104,10 @@ fn a_mark_protects_changes_and_ends() {
     assert!(bench.state().by_metadata && bench.state().generation == Some(1));
     // The same again, and what does not change the protection.
     assert_eq!(bench.changed(found(Some(on()))), []);
-    assert_eq!(bench.changed(found(Some(marked("enabled='yes' backup='beta' insecure='yes' required='yes'")))), []);
+    assert_eq!(
+        bench.changed(found(Some(marked("enabled='yes' backup='beta' insecure='yes' required='yes'")))),
+        []
+    );
     // Another backup.
     let other = marked("enabled='yes' backup='gamma' insecure='yes'");
     let with = |mark| Found { protection: active("beta", "protected"), ..found(Some(mark)) };
@@ -208,9 +211,8 @@ fn failures_are_tried_again_ever_more_slowly() {
 #[test]
 fn what_time_does_not_help_waits_for_a_change() {
     let mut bench = Bench::new();
-    let disk = Protect::parse(
-        "<protect enabled='yes' backup='b'><disk target='vda' policy='buffer'/></protect>",
-    );
+    let disk =
+        Protect::parse("<protect enabled='yes' backup='b'><disk target='vda' policy='buffer'/></protect>");
     assert_eq!(bench.changed(found(Some(disk.unwrap()))), []);
     assert_eq!(bench.after(RETRY_MAX * 3), []);
     assert_eq!(bench.state().code, "disk-policy");
@@ -251,7 +253,10 @@ fn a_mistake_keeps_what_there_is_and_is_told() {
     };
     assert_eq!(bench.changed(wrong.clone()), []);
     bench.after(REPORT_INTERVAL);
-    assert_eq!((bench.state().value.as_str(), bench.state().code.as_str()), ("protected", "invalid-metadata"));
+    assert_eq!(
+        (bench.state().value.as_str(), bench.state().code.as_str()),
+        ("protected", "invalid-metadata")
+    );
     assert!(bench.state().detail.contains("bckup"));
     let mut bench = Bench::new();
     assert_eq!(bench.changed(Found { protection: Protection::None, ..wrong }), []);
@@ -270,21 +275,30 @@ fn a_new_agent_takes_up_what_the_last_one_did() {
     let restored = Found { reported: ours, protection: active("beta", "degraded"), ..found(Some(on())) };
     assert_eq!(look(&mut Bench::new(), restored.clone()), []);
     // The mark was taken out while no agent was there: what it began ends with it.
-    assert_eq!(look(&mut Bench::new(), Found { mark: Ok(None), ..restored.clone() }), [Command::Unprotect(GUEST)]);
+    assert_eq!(
+        look(&mut Bench::new(), Found { mark: Ok(None), ..restored.clone() }),
+        [Command::Unprotect(GUEST)]
+    );
     // What an operator began does not.
     let by_hand = Found { reported: None, mark: Ok(None), ..restored.clone() };
     assert_eq!(look(&mut Bench::new(), by_hand), []);
     // Changed meanwhile.
     let other = marked("enabled='yes' backup='gamma' insecure='yes'");
-    assert_eq!(look(&mut Bench::new(), Found { mark: Ok(Some(other)), ..restored }), [Command::Unprotect(GUEST)]);
+    assert_eq!(
+        look(&mut Bench::new(), Found { mark: Ok(Some(other)), ..restored }),
+        [Command::Unprotect(GUEST)]
+    );
     assert_eq!(look(&mut Bench::new(), found(Some(on()))), [Command::Protect(GUEST, on())]);
 }
 
 #[test]
 fn a_command_is_done_once_and_only_after_it_is_out() {
     let mut bench = Bench::protected();
-    let order =
-        Found { command: Some(Ok(Order::Failover)), protection: active("beta", "protected"), ..found(Some(on())) };
+    let order = Found {
+        command: Some(Ok(Order::Failover)),
+        protection: active("beta", "protected"),
+        ..found(Some(on()))
+    };
     assert_eq!(bench.changed(order.clone()), [Command::TakeOut(GUEST)]);
     // Seen again before it is out.
     assert_eq!(bench.changed(order.clone()), []);
@@ -298,7 +312,10 @@ fn a_command_is_done_once_and_only_after_it_is_out() {
     // Of unknown age: it may have been done by an agent before this one.
     let mut bench = Bench::new();
     bench.step(Event::Listed(vec![GUEST]));
-    assert_eq!(bench.step(Event::Found { guest: GUEST, found: order, first: true }), [Command::TakeOut(GUEST)]);
+    assert_eq!(
+        bench.step(Event::Found { guest: GUEST, found: order, first: true }),
+        [Command::TakeOut(GUEST)]
+    );
     assert_eq!(bench.step(Event::TakenOut(GUEST, Ok(()))), []);
     assert!(bench.state().command.contains("ask again"), "{:?}", bench.state());
 }

@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 use understudy_hook::call::{Answer, Call, HOOK_SOCKET, MAX_LINE_BYTES, clipped, line, parse_line};
 
+use crate::config::Config;
 use crate::protect;
 
 /// What a call may take here; the hook itself waits a little longer.
@@ -41,7 +42,8 @@ pub fn listen(run_dir: &Path) -> io::Result<UnixListener> {
 }
 
 /// Answers hooks; does not return.
-pub async fn serve(listener: UnixListener) {
+pub async fn serve(listener: UnixListener, config: Config) {
+    let config = Arc::new(config);
     let room = Arc::new(Semaphore::new(CALLS));
     loop {
         let stream = match listener.accept().await {
@@ -54,9 +56,10 @@ pub async fn serve(listener: UnixListener) {
         };
         // Beyond the room a hook is left without an answer, and goes on by itself.
         let Ok(place) = Arc::clone(&room).try_acquire_owned() else { continue };
+        let config = Arc::clone(&config);
         tokio::spawn(async move {
             let _place = place;
-            match tokio::time::timeout(LIMIT, answer(stream)).await {
+            match tokio::time::timeout(LIMIT, answer(stream, &config)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => warn!(%error, "a call of libvirt's hook failed"),
                 Err(_) => warn!("a call of libvirt's hook took too long"),
@@ -65,13 +68,13 @@ pub async fn serve(listener: UnixListener) {
     }
 }
 
-async fn answer(mut stream: UnixStream) -> io::Result<()> {
+async fn answer(mut stream: UnixStream, config: &Config) -> io::Result<()> {
     let mut bytes = Vec::new();
     let (from, mut to) = stream.split();
     BufReader::new(from.take(MAX_LINE_BYTES as u64)).read_until(b'\n', &mut bytes).await?;
     let call: Call = parse_line(&bytes)?;
     debug!(guest = call.guest, operation = call.operation, extra = call.extra, "libvirt's hook");
-    let answer = decide(&call).await;
+    let answer = decide(&call, config).await;
     if let Answer::Deny { reason } = &answer {
         warn!(guest = call.guest, reason, "its start is refused: it says required='yes'");
     }
@@ -79,7 +82,7 @@ async fn answer(mut stream: UnixStream) -> io::Result<()> {
 }
 
 /// A guest that must not run unprotected is refused if it is known beforehand that it cannot be protected.
-async fn decide(call: &Call) -> Answer {
+async fn decide(call: &Call, config: &Config) -> Answer {
     let deny = |reason: String| Answer::Deny { reason: clipped(&reason) };
     if !call.may_refuse {
         return Answer::Ok;
@@ -91,12 +94,11 @@ async fn decide(call: &Call) -> Answer {
     if call.operation != "prepare" {
         return Answer::Ok;
     }
-    match protect::reach(&call.backup, REACH_LIMIT).await {
+    match protect::reach(&call.backup, &config.security(call.insecure), REACH_LIMIT).await {
         Ok(()) => Answer::Ok,
-        Err(failure) => deny(format!(
-            "required='yes', but the backup {} cannot be used: {}",
-            call.backup, failure.reason
-        )),
+        Err(failure) => {
+            deny(format!("required='yes', but the backup {} cannot be used: {}", call.backup, failure.reason))
+        }
     }
 }
 
@@ -130,7 +132,8 @@ mod tests {
     async fn only_what_may_be_refused_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let listener = listen(folder.path()).unwrap();
-        tokio::spawn(serve(listener));
+        let config = <Config as clap::Parser>::try_parse_from(["understudy-primary"]).unwrap();
+        tokio::spawn(serve(listener, config));
         let socket = folder.path().join(HOOK_SOCKET);
         let ask = async |call: &Call| parse_line::<Answer>(&asked(&socket, &line(call).unwrap()).await);
         for operation in ["prepare", "started", "reconnect", "release", "new"] {

@@ -14,9 +14,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tracing::{info, warn};
-use understudy_hook::metadata::{
-    COMMAND_NAMESPACE, Output, Protect, STATE_NAMESPACE, STATE_PREFIX, State,
-};
+use understudy_hook::metadata::{COMMAND_NAMESPACE, Output, Protect, STATE_NAMESPACE, STATE_PREFIX, State};
 use understudy_libvirt::{Domain, LibvirtError};
 use understudy_proto::ids::GuestId;
 use understudy_proto::rpc::admin::{FailoverRequest, ProtectRequest};

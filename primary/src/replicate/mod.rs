@@ -19,6 +19,7 @@ use understudy_proto::epoch::EpochKind;
 use understudy_proto::rpc::epoch::{
     BackupMessage, EpochRef, GoodbyeReason, Hello, HelloAck, PrimaryMessage, Refused, Reject, Standby,
 };
+use understudy_proto::rpc::transport::Security;
 
 use feed::{EpochMessages, Part};
 pub use feed::{EpochSink, Feed, FullProgress, feed};
@@ -76,6 +77,7 @@ pub enum Report {
 /// The task's inside; see the module's description.
 pub struct Replicator {
     host: String,
+    security: Security,
     hello: Hello,
     orders: mpsc::Receiver<Order>,
     reports: mpsc::Sender<Report>,
@@ -113,10 +115,16 @@ enum Turn {
 
 impl Replicator {
     /// For the guest of `hello` (its session is set per stream) and the backup at `host`. Reports go to `reports`.
-    pub fn new(host: String, hello: Hello, reports: mpsc::Sender<Report>) -> (Self, mpsc::Sender<Order>) {
+    pub fn new(
+        host: String,
+        security: Security,
+        hello: Hello,
+        reports: mpsc::Sender<Report>,
+    ) -> (Self, mpsc::Sender<Order>) {
         let (orders_in, orders) = mpsc::channel(ORDERS);
         let replicator = Self {
             host,
+            security,
             hello,
             orders,
             reports,
@@ -199,7 +207,8 @@ impl Replicator {
                 self.live = None;
                 self.queue.clear();
                 let hello = Hello { session, ..self.hello.clone() };
-                self.opening = Some((session, stream::open(self.host.clone(), hello, after)));
+                let opening = stream::open(self.host.clone(), self.security.clone(), hello, after);
+                self.opening = Some((session, opening));
             }
             Order::Feed(feed) => {
                 self.forget();
