@@ -213,7 +213,7 @@ impl Backup {
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(async move {
             let stopped = async { drop(stopped.await) };
-            sockets.serve(agent, stopped).await.unwrap();
+            sockets.serve(agent, transport::Security::Plain, stopped).await.unwrap();
         });
         Self { dir, promoter, address, stop, served }
     }

@@ -8,7 +8,9 @@ mod convert;
 pub mod epoch;
 mod epoch_convert;
 mod epoch_service;
+mod secure;
 pub mod status;
+mod tls;
 pub mod transport;
 
 pub use admin_service::{AdminClient, AdminService, admin_routes};

@@ -4,6 +4,7 @@ mod basics;
 mod exactness;
 mod failover;
 mod lifecycle;
+mod metadata;
 mod output;
 mod random;
 mod refusals;
@@ -49,6 +50,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     exactness::SCENARIOS,
     failover::SCENARIOS,
     output::SCENARIOS,
+    metadata::SCENARIOS,
 ];
 
 /// How long a guest may take until it answers.

@@ -246,6 +246,7 @@ fn protect_and_kill(
             persistent: false,
         },
         to: address.to_owned(),
+        security: understudy_proto::rpc::transport::Security::Plain,
         settings: Settings {
             generation,
             epoch: Duration::from_millis(1),
