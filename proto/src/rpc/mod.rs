@@ -10,6 +10,7 @@ mod epoch_convert;
 mod epoch_service;
 pub mod status;
 pub mod transport;
+pub mod witness;
 
 pub use admin_service::{AdminClient, AdminService, admin_routes};
 pub use epoch_service::{EpochService, EpochsClient, Inbound, Outbound, epoch_routes};
@@ -29,5 +30,8 @@ mod generated {
     }
     pub(super) mod admin {
         include!("../gen/understudy.admin.v1.rs");
+    }
+    pub(super) mod witness {
+        include!("../gen/understudy.witness.v1.rs");
     }
 }
