@@ -12,6 +12,7 @@ pub mod arbiter;
 pub mod bound;
 pub mod config;
 pub mod engine;
+pub mod keeper;
 pub mod life;
 pub mod look;
 pub mod monitor;

@@ -101,10 +101,22 @@ mod tests {
     async fn a_real_witness_is_read_and_swapped_and_its_absence_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).unwrap();
-        let incoming = transport::listen("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = incoming.local_addr().unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
         let routes = witness_routes(Arc::new(Witness::new(store)));
-        let server = tokio::spawn(transport::server().add_routes(routes).serve_with_incoming(incoming));
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        // A runtime of its own, whose end takes every connection with it.
+        let server = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let incoming = transport::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+                tell.send(incoming.local_addr().unwrap()).unwrap();
+                tokio::select! {
+                    ended = transport::server().add_routes(routes).serve_with_incoming(incoming) => ended.unwrap(),
+                    _ = stopped => {}
+                }
+            });
+        });
+        let address: std::net::SocketAddr = told.recv_timeout(Duration::from_secs(60)).unwrap();
         let arbiter = WitnessArbiter::new(&address.to_string(), Duration::from_secs(20));
         let guest = GuestId(uuid::Uuid::from_u128(1));
         assert_eq!(arbiter.read(guest).await.unwrap(), None);
@@ -112,8 +124,8 @@ mod tests {
         // The loser is not told by an error: it reads.
         arbiter.swap(guest, &record(1, "beta")).await.unwrap();
         assert_eq!(arbiter.read(guest).await.unwrap(), Some(record(1, "alpha")));
-        server.abort();
-        let _ = server.await;
+        drop(stop);
+        server.join().unwrap();
         let failure = arbiter.read(guest).await.unwrap_err();
         assert!(!failure.reason.is_empty());
     }

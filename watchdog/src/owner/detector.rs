@@ -12,8 +12,8 @@ pub enum Suspicion {
     Silent(Duration),
     /// It is heard, but its QEMU has given no sign of life for so long.
     QemuSilent(Duration),
-    /// It says that the guest's QEMU is gone although nobody has ended the guest.
-    QemuGone,
+    /// It says that the guest's QEMU is gone although nobody has ended the guest, and has said so for so long.
+    QemuGone(Duration),
 }
 
 impl std::fmt::Display for Suspicion {
@@ -21,7 +21,7 @@ impl std::fmt::Display for Suspicion {
         match self {
             Self::Silent(time) => write!(f, "silent on all paths for {} ms", time.as_millis()),
             Self::QemuSilent(time) => write!(f, "its QEMU has been silent for {} ms", time.as_millis()),
-            Self::QemuGone => f.write_str("its QEMU is gone"),
+            Self::QemuGone(time) => write!(f, "its QEMU has been gone for {} ms", time.as_millis()),
         }
     }
 }
@@ -34,8 +34,10 @@ pub(super) struct Detector {
     heard: Option<Instant>,
     /// Life and number of the newest heartbeat: what is not newer was doubled, overtaken, or replayed.
     newest: Option<(u64, u64)>,
-    /// The guest's QEMU there, with the time of its last sign of life; `None`: it is not there.
+    /// The last sign of life of the guest's QEMU there.
     qemu: Option<Instant>,
+    /// It is not there any more. That may be the end of the guest, which is said a moment later.
+    gone: bool,
     /// A heartbeat has said where QEMU is.
     told: bool,
     ended: bool,
@@ -43,7 +45,7 @@ pub(super) struct Detector {
 
 impl Detector {
     pub(super) fn new(now: Instant) -> Self {
-        Self { since: now, heard: None, newest: None, qemu: None, told: false, ended: false }
+        Self { since: now, heard: None, newest: None, qemu: None, gone: false, told: false, ended: false }
     }
 
     /// The other host matters from now on.
@@ -69,7 +71,10 @@ impl Detector {
         self.heard = Some(now);
         self.told = true;
         self.ended = heartbeat.ended;
-        self.qemu = heartbeat.qemu_age.map(|age| now.checked_sub(age).unwrap_or(now));
+        self.gone = heartbeat.qemu_age.is_none();
+        if let Some(age) = heartbeat.qemu_age {
+            self.qemu = Some(now.checked_sub(age).unwrap_or(self.since));
+        }
         true
     }
 
@@ -85,22 +90,22 @@ impl Detector {
             return Some(Suspicion::Silent(silent));
         }
         let limit = qemu_after.filter(|_| self.told && !self.ended)?;
-        match self.qemu {
-            None => Some(Suspicion::QemuGone),
-            Some(at) => {
-                let silent = now.saturating_duration_since(at.max(self.since));
-                (silent >= limit).then_some(Suspicion::QemuSilent(silent))
-            }
-        }
+        let silent = now.saturating_duration_since(self.last_of_qemu());
+        let what = if self.gone { Suspicion::QemuGone } else { Suspicion::QemuSilent };
+        (silent >= limit).then(|| what(silent))
     }
 
     /// When the next look can find something new.
     pub(super) fn deadline(&self, after: Duration, qemu_after: Option<Duration>) -> Instant {
         let silent = self.last() + after;
-        match (qemu_after.filter(|_| self.told && !self.ended), self.qemu) {
-            (Some(limit), Some(at)) => silent.min(at.max(self.since) + limit),
-            _ => silent,
+        match qemu_after.filter(|_| self.told && !self.ended) {
+            Some(limit) => silent.min(self.last_of_qemu() + limit),
+            None => silent,
         }
+    }
+
+    fn last_of_qemu(&self) -> Instant {
+        self.qemu.map_or(self.since, |at| at.max(self.since))
     }
 
     /// The last sign of life, or when it began to matter.
