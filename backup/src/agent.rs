@@ -16,7 +16,8 @@ use understudy_proto::control::Role;
 use understudy_proto::ids::{GuestId, Incarnation};
 use understudy_proto::negotiate::{self, Offer};
 use understudy_proto::rpc::admin::{
-    ConfirmRequest, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply, UnprotectRequest,
+    ConfirmRequest, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply,
+    UnprotectRequest,
 };
 use understudy_proto::rpc::epoch::{
     BackupMessage, GuestRecord, Hello, PrimaryMessage, ProbeReply, ProbeRequest, Refused, RefusedCode,

@@ -68,9 +68,9 @@ impl Heartbeat {
     /// If the host name is too long.
     pub fn encode(&self) -> Result<Vec<u8>, ProtocolError> {
         ProtocolError::check_len("host name bytes", self.host.len() as u64, MAX_HOST_BYTES as u64)?;
-        let age = self.qemu_age.map_or(NO_QEMU, |age| {
-            u32::try_from(age.as_millis()).unwrap_or(NO_QEMU - 1).min(NO_QEMU - 1)
-        });
+        let age = self
+            .qemu_age
+            .map_or(NO_QEMU, |age| u32::try_from(age.as_millis()).unwrap_or(NO_QEMU - 1).min(NO_QEMU - 1));
         let mut bytes = Vec::with_capacity(FIXED_BYTES + self.host.len() + CRC_BYTES);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());

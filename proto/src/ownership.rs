@@ -91,7 +91,8 @@ impl Ownership {
     /// If a name is too long.
     pub fn encode(&self) -> Result<Vec<u8>, ProtocolError> {
         self.validate()?;
-        serde_json::to_vec(self).map_err(|error| ProtocolError::invalid("ownership record", error.to_string()))
+        serde_json::to_vec(self)
+            .map_err(|error| ProtocolError::invalid("ownership record", error.to_string()))
     }
 
     /// What an arbiter gave, which must be the record of `term`.

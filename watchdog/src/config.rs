@@ -54,7 +54,8 @@ pub struct Config {
     #[arg(long, value_enum, default_value_t = OnLostBackup::Hold)]
     pub on_lost_backup: OnLostBackup,
 
-    /// When the guest's QEMU fails and its host does not: let the backup take over, or leave it.
+    /// When the guest's QEMU hangs and its host does not: let the backup take over, or leave it. One that crashes ends
+    /// the protection in any case; the backup keeps its copy.
     #[arg(long, value_enum, default_value_t = OnQemuCrash::Failover)]
     pub on_qemu_crash: OnQemuCrash,
 
@@ -154,7 +155,8 @@ impl Config {
         }
         let arbiter = self.witness_at.is_some() || self.fence.is_some();
         if self.is_automatic() != arbiter {
-            let (is, lacks) = if arbiter { ("an arbiter", "--peer") } else { ("--peer", "--witness-at or --fence") };
+            let (is, lacks) =
+                if arbiter { ("an arbiter", "--peer") } else { ("--peer", "--witness-at or --fence") };
             mistakes.push(format!("{is} is given without {lacks}: who runs a guest takes both"));
         }
         if !SUSPECT_AFTER_MS.contains(&self.suspect_after_ms) {

@@ -1,7 +1,7 @@
 //! The supervisor of the primary agent of this host.
 
-use std::process::ExitCode;
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -131,7 +131,11 @@ impl WitnessService for Witness {
 pub async fn serve(folder: &Path, address: SocketAddr) -> Result<(), Failure> {
     let store = Store::open(folder)?;
     let incoming = transport::listen(address).map_err(|error| {
-        Failure::new(FailureKind::Unavailable, "cannot-listen", format!("cannot listen on {address}: {error}"))
+        Failure::new(
+            FailureKind::Unavailable,
+            "cannot-listen",
+            format!("cannot listen on {address}: {error}"),
+        )
     })?;
     info!(%address, store = %store.path.display(), "the witness serves");
     let routes = witness_routes(Arc::new(Witness::new(store)));

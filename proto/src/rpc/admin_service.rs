@@ -1,7 +1,8 @@
 //! Client and server of the service `Admin`, in domain types.
 
 use super::admin::{
-    ConfirmRequest, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply, UnprotectRequest,
+    ConfirmRequest, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply,
+    UnprotectRequest,
 };
 use super::epoch_service::checked;
 use super::generated::admin as wire;

@@ -53,9 +53,10 @@ fn stored(term: u64, record: Bytes) -> Result<Option<Stored>, ProtocolError> {
     ProtocolError::check_len("ownership record bytes", record.len() as u64, MAX_RECORD_BYTES as u64)?;
     match (term, record.is_empty()) {
         (0, true) => Ok(None),
-        (0, false) | (_, true) => {
-            Err(ProtocolError::invalid("ownership record", format!("term {term} with {} bytes", record.len())))
-        }
+        (0, false) | (_, true) => Err(ProtocolError::invalid(
+            "ownership record",
+            format!("term {term} with {} bytes", record.len()),
+        )),
         _ => Ok(Some(Stored { term: Term(term), record })),
     }
 }

@@ -179,7 +179,8 @@ mod tests {
         let store = Arc::new(Store::open(folder.path()).unwrap());
         let guest = GuestId(uuid::Uuid::from_u128(1));
         let incarnation = Incarnation(uuid::Uuid::from_u128(2));
-        let record = |term, owner| Ownership { term: Term(term), generation: Generation(1), epoch: None, owner };
+        let record =
+            |term, owner| Ownership { term: Term(term), generation: Generation(1), epoch: None, owner };
         let pair = Owner::Pair { primary: "alpha".into(), backup: "beta".into(), incarnation };
         let claim = record(2, Owner::Claim { by: "beta".into(), from: "alpha".into(), incarnation });
         let solo = record(3, Owner::Solo { owner: "beta".into() });

@@ -34,7 +34,9 @@ impl WitnessArbiter {
             return Ok(client.clone());
         }
         let channel = transport::connect_plaintext(&self.at).await.map_err(|failure| {
-            failure.with_remedy("check that `understudy-watchdog --witness` runs there and no firewall is in between")
+            failure.with_remedy(
+                "check that `understudy-watchdog --witness` runs there and no firewall is in between",
+            )
         })?;
         let client = WitnessClient::new(channel, self.timeout);
         *kept = Some(client.clone());
@@ -132,7 +134,9 @@ mod tests {
 
     #[test]
     fn the_port_of_the_witness_is_its_own() {
-        for (given, at) in [("w", "w:7421"), ("w:9", "w:9"), ("fe80::1", "[fe80::1]:7421"), ("[::1]:5", "[::1]:5")] {
+        for (given, at) in
+            [("w", "w:7421"), ("w:9", "w:9"), ("fe80::1", "[fe80::1]:7421"), ("[::1]:5", "[::1]:5")]
+        {
             assert_eq!(WitnessArbiter::new(given, Duration::ZERO).at, at);
         }
     }

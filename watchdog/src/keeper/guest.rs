@@ -110,9 +110,10 @@ impl Kept {
     }
 
     pub(super) fn heard(&mut self, heartbeat: Heartbeat, now: Instant) {
-        let newer = self.peer.as_ref().is_none_or(|peer| {
-            (peer.life, peer.number) < (heartbeat.life, heartbeat.number)
-        });
+        let newer = self
+            .peer
+            .as_ref()
+            .is_none_or(|peer| (peer.life, peer.number) < (heartbeat.life, heartbeat.number));
         if newer {
             self.peer = Some(heartbeat.clone());
         }
@@ -133,7 +134,10 @@ impl Kept {
         if self.engine.protocol().local() != seen.local {
             self.step(Input::Event(Event::Local(seen.local)), now);
         }
-        if seen.ended {
+        // What the agent has let go is not protected any more, however that came: no image may be started from.
+        let let_go = before.as_ref().is_some_and(|before| before.listed) && !seen.listed;
+        let leads = matches!(self.engine.protocol().role(), Role::Protected | Role::Asking);
+        if seen.ended || (let_go && leads) {
             self.step(Input::Event(Event::GuestEnded), now);
         }
         if !self.outdated && self.opening == 0 {

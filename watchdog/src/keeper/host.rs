@@ -28,6 +28,8 @@ pub struct Seen {
     pub local: Local,
     /// What the primary agent sends of it, if it does.
     pub sending: Option<Sending>,
+    /// The primary agent has it in its state file: until it has let it go.
+    pub listed: bool,
     /// A protection is under way or on.
     pub protecting: bool,
     /// Last committed epoch the agents here know.
@@ -75,7 +77,8 @@ impl AgentHost {
     async fn agent(&self, socket: &str) -> Result<AdminClient, Failure> {
         let path = self.run_dir.join(socket);
         let connected = transport::connect_unix(&path);
-        let silent = |_| Failure::new(FailureKind::Unavailable, "silent", format!("{socket} does not answer"));
+        let silent =
+            |_| Failure::new(FailureKind::Unavailable, "silent", format!("{socket} does not answer"));
         Ok(AdminClient::new(tokio::time::timeout(ANSWER, connected).await.map_err(silent)??))
     }
 
@@ -103,7 +106,8 @@ impl AgentHost {
         backup: Option<&GuestStatus>,
     ) -> Seen {
         let state = backup.map(|status| status.state);
-        let standby = matches!(state, Some(GuestState::Standby | GuestState::Seeding | GuestState::Promoting));
+        let standby =
+            matches!(state, Some(GuestState::Standby | GuestState::Seeding | GuestState::Promoting));
         let runs = !standby && self.qemu_answers(guest).await;
         let promoted = backup.filter(|_| state == Some(GuestState::Promoted)).map(|status| status.generation);
         let image = backup.filter(|_| matches!(state, Some(GuestState::Standby | GuestState::Promoting)));
@@ -121,6 +125,7 @@ impl AgentHost {
             guest,
             local: Local { runs, image, generation: listed.max(promoted).filter(|_| runs) },
             sending,
+            listed: listed.is_some(),
             protecting,
             epoch: epoch.unwrap_or(EpochId(0)),
             qemu: runs.then(Instant::now),
@@ -176,7 +181,14 @@ impl AgentHost {
 #[async_trait]
 impl Host for AgentHost {
     async fn look(&self, known: &[GuestId]) -> Vec<Seen> {
-        let listed = record::read(&self.state_dir).unwrap_or_default();
+        let listed = match record::read(&self.state_dir) {
+            Ok(listed) => listed,
+            // Not to be taken for a list without guests: that would be their end.
+            Err(error) => {
+                debug!(%error, "the guests of the primary agent are not known");
+                return Vec::new();
+            }
+        };
         let primary = self.statuses(transport::PRIMARY_SOCKET).await.unwrap_or_default();
         let backup = self.statuses(transport::BACKUP_SOCKET).await.unwrap_or_default();
         let mut guests: Vec<GuestId> = known.to_vec();
@@ -187,7 +199,8 @@ impl Host for AgentHost {
         let find = |list: &'_ [GuestStatus], guest| list.iter().position(|status| status.uuid == guest);
         let mut seen = Vec::new();
         for guest in guests {
-            let generation = listed.iter().find(|listed| listed.guest == guest).map(|listed| listed.generation);
+            let generation =
+                listed.iter().find(|listed| listed.guest == guest).map(|listed| listed.generation);
             let (p, b) = (find(&primary, guest), find(&backup, guest));
             let (p, b) = (p.and_then(|at| primary.get(at)), b.and_then(|at| backup.get(at)));
             seen.push(self.one(guest, generation, p, b).await);

@@ -59,15 +59,8 @@ pub async fn run(
     paths: Paths,
 ) -> std::io::Result<()> {
     let (outbox, mut inbox) = mpsc::channel(INBOX);
-    let mut keeper = Keeper {
-        life: life(),
-        settings,
-        arbiter,
-        host,
-        outbox,
-        guests: BTreeMap::new(),
-        looking: false,
-    };
+    let mut keeper =
+        Keeper { life: life(), settings, arbiter, host, outbox, guests: BTreeMap::new(), looking: false };
     info!(host = keeper.settings.host, arbiter = keeper.arbiter.name(), "guests are kept");
     let mut beat = tokio::time::interval(keeper.settings.timing.heartbeat);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -148,7 +141,10 @@ impl Keeper {
 
     fn heard(&mut self, heartbeat: Heartbeat) {
         if heartbeat.host == self.settings.host {
-            warn!(host = heartbeat.host, "a heartbeat with the name of this host: give the hosts different names");
+            warn!(
+                host = heartbeat.host,
+                "a heartbeat with the name of this host: give the hosts different names"
+            );
             return;
         }
         if let Some(kept) = self.guests.get_mut(&heartbeat.guest) {

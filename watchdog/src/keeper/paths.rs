@@ -54,7 +54,9 @@ impl Paths {
             let (len, from) = match self.socket.recv_from(&mut buffer).await {
                 Ok(received) => received,
                 // An answer to something sent: nobody listens there now.
-                Err(error) if matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset) => {
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset) =>
+                {
                     continue;
                 }
                 Err(error) => return Err(error),

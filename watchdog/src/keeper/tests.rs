@@ -50,7 +50,9 @@ impl FakeHost {
     fn new(local: Local, sending: Option<Sending>) -> Arc<Self> {
         let qemu = local.runs.then(Instant::now);
         let protecting = sending.is_some();
-        let seen = Seen { guest: GUEST, local, sending, protecting, epoch: EpochId(7), qemu, ended: false };
+        let listed = protecting;
+        let seen =
+            Seen { guest: GUEST, local, sending, listed, protecting, epoch: EpochId(7), qemu, ended: false };
         Arc::new(Self(Mutex::new((seen, Vec::new()))))
     }
 
@@ -149,12 +151,16 @@ impl Pair {
 async fn a_dead_primary_is_replaced_without_anybody_and_its_stale_guest_is_ended_when_it_is_back() {
     let pair = pair(Policies::default()).await;
     pair.keepers[0].abort();
-    pair.until("taken over", |record| matches!(&record.owner, Owner::Solo { owner } if owner == "beta")).await;
+    pair.until("taken over", |record| matches!(&record.owner, Owner::Solo { owner } if owner == "beta"))
+        .await;
     Pair::until_done(&pair.beta, |command| matches!(command, Command::Activate(_))).await;
     let done = pair.beta.done();
     let at = |wanted: fn(&Command) -> bool| done.iter().position(wanted).unwrap();
     assert!(at(|c| matches!(c, Command::Load(_))) < at(|c| matches!(c, Command::Activate(_))), "{done:?}");
-    assert_eq!(pair.record.get().map(|record| (record.term, record.generation)), Some((Term(3), Generation(2))));
+    assert_eq!(
+        pair.record.get().map(|record| (record.term, record.generation)),
+        Some((Term(3), Generation(2)))
+    );
     // The old host comes back with its guest still there.
     let settings =
         Settings { host: "alpha".into(), policies: Policies::default(), timing: Timing::default() };
@@ -167,15 +173,17 @@ async fn a_dead_primary_is_replaced_without_anybody_and_its_stale_guest_is_ended
 #[tokio::test]
 async fn a_guest_that_was_shut_down_is_not_brought_back() {
     let pair = pair(Policies::default()).await;
+    // As the agent leaves it: not listed any more, be it shut down or unprotected.
     pair.alpha.change(|seen| {
-        (seen.local.runs, seen.protecting, seen.sending, seen.qemu) = (false, false, None, None);
-        seen.ended = true;
+        (seen.local.runs, seen.listed, seen.protecting, seen.sending) = (false, false, false, None);
     });
     pair.until("ended", |record| matches!(&record.owner, Owner::Ended { by } if by == "alpha")).await;
     pair.keepers[0].abort();
     // Longer than the silence that is suspicious.
     tokio::time::sleep(Duration::from_secs(6)).await;
-    assert!(!pair.beta.done().iter().any(|command| matches!(command, Command::Load(_) | Command::Activate(_))));
+    assert!(
+        !pair.beta.done().iter().any(|command| matches!(command, Command::Load(_) | Command::Activate(_)))
+    );
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use understudy_proto::ids::Generation;
 use super::detector::{Detector, Suspicion};
 use super::event::{Command, Event, Policies, QemuCrash, Role};
 use super::protocol::Protocol;
-use super::report::{Timeline, Takeover};
+use super::report::{Takeover, Timeline};
 
 /// How long things may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -24,8 +24,6 @@ pub(crate) enum Bug {
     ReopenOnRestart,
     /// A backup gets a full copy while output goes out by itself.
     SeedWithOpenGate,
-    /// An image counts whatever life and generation it is of.
-    AnyImage,
     /// A record that is older than the one known counts.
     OldRecord,
     /// An acknowledgement of before the full copy counts as its completion.
@@ -149,10 +147,10 @@ impl Node {
     }
 
     fn local(&self) -> Local {
-        let image = self.image.as_ref().map(|image| Image {
-            incarnation: life(self.life),
-            generation: Generation(image.generation),
-        });
+        let image = self
+            .image
+            .as_ref()
+            .map(|image| Image { incarnation: life(self.life), generation: Generation(image.generation) });
         let generation = self.runs.then_some(Generation(self.generation));
         Local { runs: self.runs, image, generation }
     }
@@ -235,7 +233,10 @@ impl State {
         match msg {
             Msg::Checkpoint { to, life, generation, number, hist } => {
                 let node = &mut self.nodes[to];
-                let newer = node.image.as_ref().is_none_or(|image| (image.generation, image.number) < (generation, number));
+                let newer = node
+                    .image
+                    .as_ref()
+                    .is_none_or(|image| (image.generation, image.number) < (generation, number));
                 if node.life == life && node.accepting && !node.runs && generation >= node.known && newer {
                     node.known = generation;
                     let len = hist.len();
@@ -414,7 +415,9 @@ impl Model for Bounded {
         state.swaps.retain(|new| new.term > term);
         let State { nodes, net, .. } = &mut state;
         net.retain(|msg| match msg {
-            Msg::Checkpoint { to, life, generation, .. } => nodes[*to].life == *life && nodes[*to].known <= *generation,
+            Msg::Checkpoint { to, life, generation, .. } => {
+                nodes[*to].life == *life && nodes[*to].known <= *generation
+            }
             Msg::Ack { to, generation, .. } => nodes[*to].runs && nodes[*to].generation == *generation,
         });
         (state != *old).then_some(state)
@@ -433,12 +436,17 @@ impl Model for Bounded {
                 s.nodes.iter().filter(|node| node.serves()).count() <= 1
             }),
             Property::always("who serves has seen all that was let out", |_, s: &State| {
-                s.nodes.iter().filter(|node| node.serves()).all(|node| s.out.iter().all(|o| node.hist.starts_with(o)))
+                s.nodes
+                    .iter()
+                    .filter(|node| node.serves())
+                    .all(|node| s.out.iter().all(|o| node.hist.starts_with(o)))
             }),
             Property::sometimes("the backup takes over", |_, s: &State| {
                 s.nodes[1].runs && !s.nodes[1].gated && s.nodes[1].hist.contains(&1)
             }),
-            Property::sometimes("the primary goes on alone", |_, s: &State| *s.nodes[0].dog.role() == Role::Solo),
+            Property::sometimes("the primary goes on alone", |_, s: &State| {
+                *s.nodes[0].dog.role() == Role::Solo
+            }),
             Property::sometimes("a claim is taken back", |_, s: &State| {
                 *s.nodes[0].dog.role() == Role::Solo && s.nodes[0].generation == 1 && s.record.term.0 == 3
             }),
@@ -475,7 +483,12 @@ fn no_interleaving_breaks_the_protocol() {
     holds(Start::Solo, (1, 4, 1));
     // Without deaths, but long enough for everything to be reached.
     let long = holds(Start::Pair, (2, 4, 0));
-    for name in ["the backup takes over", "the primary goes on alone", "a claim is taken back", "the stale instance is ended"] {
+    for name in [
+        "the backup takes over",
+        "the primary goes on alone",
+        "a claim is taken back",
+        "the stale instance is ended",
+    ] {
         long.assert_any_discovery(name);
     }
 }

@@ -145,7 +145,9 @@ impl Protocol {
                     == (backup, incarnation, record.generation);
                 if same { None } else { next(seeded.generation, self.pair(seeded)) }
             }
-            (Role::Held, Owner::Claim { from, .. }) if *from == self.me && self.impatient && self.local.runs => {
+            (Role::Held, Owner::Claim { from, .. })
+                if *from == self.me && self.impatient && self.local.runs =>
+            {
                 next(record.generation, Owner::Solo { owner: me() })
             }
             (Role::Claiming, Owner::Pair { primary, backup, incarnation })
@@ -157,7 +159,9 @@ impl Protocol {
             (Role::Loaded, Owner::Claim { by, .. }) if *by == self.me => {
                 next(record.generation.next(), Owner::Solo { owner: me() })
             }
-            (Role::Seeding { ready: Some(seeded), aborted: false, .. }, Owner::Solo { owner }) if *owner == self.me => {
+            (Role::Seeding { ready: Some(seeded), aborted: false, .. }, Owner::Solo { owner })
+                if *owner == self.me =>
+            {
                 next(seeded.generation, self.pair(seeded))
             }
             (Role::Seeding { aborted: true, .. } | Role::Recovering { .. }, Owner::Solo { owner })
@@ -227,10 +231,6 @@ impl Protocol {
 
     /// Whether the image a promotion under this record starts from is here.
     fn holds(&self, incarnation: Incarnation, generation: Generation) -> bool {
-        #[cfg(test)]
-        if self.bug == super::model::Bug::AnyImage {
-            return self.local.image.is_some();
-        }
         self.local.image == Some(Image { incarnation, generation })
     }
 
@@ -325,6 +325,8 @@ impl Protocol {
             Owner::Ended { .. } => {
                 self.abandon(term, out);
                 self.role = Role::Ended;
+                self.ended = false;
+                self.seeded = None;
             }
             Owner::Solo { .. } | Owner::Claim { .. } | Owner::Pair { .. } => self.lose(term, out),
         }
@@ -349,13 +351,7 @@ impl Protocol {
     }
 
     /// The record says Pair, and this host is its primary.
-    fn leading(
-        &mut self,
-        term: Term,
-        backup: &str,
-        incarnation: Incarnation,
-        out: &mut Vec<Command>,
-    ) {
+    fn leading(&mut self, term: Term, backup: &str, incarnation: Incarnation, out: &mut Vec<Command>) {
         match &self.role {
             Role::Protected | Role::Asking => {}
             Role::Seeding { ready: Some(seeded), .. }

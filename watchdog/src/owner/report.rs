@@ -43,7 +43,12 @@ impl Timeline {
     }
 
     /// Gives the report when the takeover is complete.
-    pub(super) fn became(&mut self, role: &Role, record: Option<&Ownership>, now: Instant) -> Option<Takeover> {
+    pub(super) fn became(
+        &mut self,
+        role: &Role,
+        record: Option<&Ownership>,
+        now: Instant,
+    ) -> Option<Takeover> {
         match role {
             Role::Loading => self.claimed = Some(now),
             Role::Loaded => self.loaded = Some(now),

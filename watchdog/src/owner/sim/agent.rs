@@ -79,8 +79,10 @@ impl Agents {
     }
 
     pub(super) fn sending(&self) -> Option<Sending> {
-        (self.runs && self.streaming && self.committed > 0)
-            .then_some(Sending { generation: Generation(self.generation), committed: EpochId(self.committed) })
+        (self.runs && self.streaming && self.committed > 0).then_some(Sending {
+            generation: Generation(self.generation),
+            committed: EpochId(self.committed),
+        })
     }
 
     /// The instance is gone.

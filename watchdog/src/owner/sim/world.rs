@@ -205,7 +205,8 @@ impl World {
     }
 
     fn check(&mut self) {
-        let serving: Vec<usize> = (0..2).filter(|n| self.hosts[*n].up && self.hosts[*n].agents.serves()).collect();
+        let serving: Vec<usize> =
+            (0..2).filter(|n| self.hosts[*n].up && self.hosts[*n].agents.serves()).collect();
         if serving.len() > 1 {
             self.wrong("invariant 4: both hosts serve".into());
         }
@@ -222,13 +223,20 @@ impl World {
         if self.last_out + 3000 >= END {
             return Ok(());
         }
-        let left = self.hosts.iter().any(|host| host.agents.runs && !host.agents.hangs || host.agents.image.is_some());
+        let left = self
+            .hosts
+            .iter()
+            .any(|host| host.agents.runs && !host.agents.hangs || host.agents.image.is_some());
         if !left {
             self.seen.lost += 1;
             return Ok(());
         }
         // An image that the owner of the past has left behind is nobody's to start.
-        let roles: Vec<_> = self.hosts.iter().map(|host| host.dog.as_ref().map(|(_, dog)| dog.protocol().role().clone())).collect();
+        let roles: Vec<_> = self
+            .hosts
+            .iter()
+            .map(|host| host.dog.as_ref().map(|(_, dog)| dog.protocol().role().clone()))
+            .collect();
         let usable = self.hosts.iter().enumerate().any(|(n, host)| {
             let running = host.agents.runs && !host.agents.hangs;
             let entitled = match self.record.as_ref().map(|record| (&record.owner, record.generation)) {
@@ -239,7 +247,9 @@ impl World {
                                 image.generation == generation.0 && incarnation(host.agents.life) == *of
                             }))
                 }
-                Some((Owner::Solo { owner }, _)) => owner == HOSTS[n] && (running || host.agents.image.is_some()),
+                Some((Owner::Solo { owner }, _)) => {
+                    owner == HOSTS[n] && (running || host.agents.image.is_some())
+                }
                 Some((Owner::Claim { by, from, .. }, _)) => {
                     (from == HOSTS[n] && running) || (by == HOSTS[n] && host.agents.image.is_some())
                 }
@@ -251,7 +261,18 @@ impl World {
             self.seen.lost += 1;
             return Ok(());
         }
-        let agents: Vec<_> = self.hosts.iter().map(|host| (&host.agents.runs, host.agents.gated, host.agents.paused, host.agents.image.as_ref().map(|i| (i.number, i.generation)))).collect();
+        let agents: Vec<_> = self
+            .hosts
+            .iter()
+            .map(|host| {
+                (
+                    &host.agents.runs,
+                    host.agents.gated,
+                    host.agents.paused,
+                    host.agents.image.as_ref().map(|i| (i.number, i.generation)),
+                )
+            })
+            .collect();
         Err(format!(
             "nothing was let out since {} ms; record {:?}, roles {roles:?}, agents {agents:?}, {:?}",
             self.last_out, self.record, self.policies
@@ -264,7 +285,12 @@ impl World {
         host.peer = None;
         host.seeding_since = None;
         let origin = self.origin + Duration::from_millis(self.now);
-        let mut dog = Engine::new(HOSTS[n], self.policies, Timing { claim_patience: Duration::from_secs(6), ..Timing::default() }, origin);
+        let mut dog = Engine::new(
+            HOSTS[n],
+            self.policies,
+            Timing { claim_patience: Duration::from_secs(6), ..Timing::default() },
+            origin,
+        );
         if let Fault::Engine(bug) = self.fault {
             dog.protocol_mut().bug = bug;
         }
@@ -290,7 +316,7 @@ impl World {
                 Output::Command(command) => self.carry_out(n, life, command),
                 Output::Suspected(_) => {
                     if self.fault == Fault::Engine(Bug::SoloWithoutSwap)
-                        && self.role(n) == Some(Role::Protected)
+                        && matches!(self.role(n), Some(Role::Protected | Role::Asking))
                         && self.policies.lost_backup == LostBackup::Solo
                     {
                         self.open(n);
@@ -338,7 +364,8 @@ impl World {
             match self.out.get(at) {
                 Some(seen) if *seen == what => {}
                 Some(seen) => {
-                    let text = format!("invariant 1: epoch {at} was let out by instance {seen} and by {what}");
+                    let text =
+                        format!("invariant 1: epoch {at} was let out by instance {seen} and by {what}");
                     let now = self.now;
                     self.violation.get_or_insert_with(|| format!("at {now} ms: {text}"));
                 }
@@ -354,7 +381,6 @@ impl World {
     fn carry_out(&mut self, n: usize, life: u64, command: Command) {
         let reaches = !self.cut(Cut::Arbiter(n)) && !self.cut(Cut::Witness);
         let delay = self.delay();
-        let ignores = self.fault == Fault::GateIgnoresTerm;
         match command {
             Command::Read if reaches => self.at(self.now + delay, What::Read(n, life)),
             Command::Swap(new) if reaches => {
@@ -371,7 +397,7 @@ impl World {
                 agents.gated = true;
             }
             Command::OpenGate(term) => {
-                if ignores || term >= self.hosts[n].agents.gate_term {
+                if term >= self.hosts[n].agents.gate_term {
                     self.hosts[n].agents.gate_term = term;
                     self.open(n);
                 }
@@ -422,7 +448,11 @@ impl World {
                     if self.now < self.hosts[n].frozen {
                         let later = self.hosts[n].frozen;
                         self.at(later, What::Tick(n, life));
-                    } else if self.hosts[n].dog.as_ref().is_some_and(|(_, dog)| dog.deadline() <= self.instant()) {
+                    } else if self.hosts[n]
+                        .dog
+                        .as_ref()
+                        .is_some_and(|(_, dog)| dog.deadline() <= self.instant())
+                    {
                         self.tell(n, Input::Tick);
                     }
                 }
@@ -449,7 +479,9 @@ impl World {
             What::Ack(to, life, generation, number) => self.ack(to, life, generation, number),
             What::Swap(new) => {
                 if !self.cut(Cut::Witness) && self.term().next() == new.term {
-                    if matches!(new.owner, Owner::Solo { .. }) && matches!(self.record.as_ref().map(|r| &r.owner), Some(Owner::Pair { .. })) {
+                    if matches!(new.owner, Owner::Solo { .. })
+                        && matches!(self.record.as_ref().map(|r| &r.owner), Some(Owner::Pair { .. }))
+                    {
                         self.seen.solos += 1;
                     }
                     self.record = Some(new);
@@ -507,11 +539,19 @@ impl World {
         let peer = 1 - n;
         let agents = &mut self.hosts[n].agents;
         // The stream is one connection: both ways must work. What is not acknowledged is sent again, in full.
-        if agents.streaming && !self.cuts.contains(&Cut::Path(n, 0)) && !self.cuts.contains(&Cut::Path(peer, 0)) && self.hosts[peer].up {
+        if agents.streaming
+            && !self.cuts.contains(&Cut::Path(n, 0))
+            && !self.cuts.contains(&Cut::Path(peer, 0))
+            && self.hosts[peer].up
+        {
             let agents = &mut self.hosts[n].agents;
             agents.sent += 1;
             agents.in_flight = Some((agents.sent, all));
-            let copy = Copy { hist: Rc::new(agents.hist.clone()), number: agents.sent, generation: agents.generation };
+            let copy = Copy {
+                hist: Rc::new(agents.hist.clone()),
+                number: agents.sent,
+                generation: agents.generation,
+            };
             let (life, delay) = (self.hosts[peer].agents.life, 1 + self.below(30));
             self.at(self.now + delay, What::Checkpoint(peer, life, copy));
         }
@@ -520,8 +560,17 @@ impl World {
     fn checkpoint(&mut self, to: usize, life: u64, copy: Copy) {
         let host = &mut self.hosts[to];
         let agents = &mut host.agents;
-        let newer = agents.image.as_ref().is_none_or(|image| (image.generation, image.number) < (copy.generation, copy.number));
-        if !host.up || agents.life != life || !agents.accepting || agents.runs || copy.generation < agents.known || !newer {
+        let newer = agents
+            .image
+            .as_ref()
+            .is_none_or(|image| (image.generation, image.number) < (copy.generation, copy.number));
+        if !host.up
+            || agents.life != life
+            || !agents.accepting
+            || agents.runs
+            || copy.generation < agents.known
+            || !newer
+        {
             return;
         }
         agents.known = copy.generation;
@@ -541,7 +590,10 @@ impl World {
 
     fn ack(&mut self, to: usize, _life: u64, generation: u64, number: u64) {
         let agents = &mut self.hosts[to].agents;
-        if !agents.runs || agents.generation != generation || agents.in_flight.is_none_or(|(sent, _)| sent != number) {
+        if !agents.runs
+            || agents.generation != generation
+            || agents.in_flight.is_none_or(|(sent, _)| sent != number)
+        {
             return;
         }
         let Some((number, len)) = agents.in_flight.take() else { return };
@@ -569,7 +621,8 @@ impl World {
     /// What an operator or a script does: protect a guest that runs alone as soon as the other host is there.
     fn protect_again(&mut self, n: usize) {
         let peer = &self.hosts[1 - n];
-        let possible = peer.up && !peer.agents.runs && !self.cut(Cut::Path(n, 0)) && !self.cut(Cut::Path(1 - n, 0));
+        let possible =
+            peer.up && !peer.agents.runs && !self.cut(Cut::Path(n, 0)) && !self.cut(Cut::Path(1 - n, 0));
         match (self.role(n), self.hosts[n].seeding_since) {
             (Some(Role::Solo), _) if possible && self.hosts[n].agents.runs && self.below(20) == 0 => {
                 self.hosts[n].seeding_since = Some(self.now);
@@ -603,7 +656,9 @@ impl World {
             term: dog.protocol().term(),
             generation: Generation(generation),
             epoch: EpochId(image.map_or(agents.committed, |image| image.number)),
-            qemu_age: agents.runs.then(|| if agents.hangs { Duration::from_secs(20) } else { Duration::ZERO }),
+            qemu_age: agents
+                .runs
+                .then(|| if agents.hangs { Duration::from_secs(20) } else { Duration::ZERO }),
             image: image.map(|_| incarnation(agents.life)),
             ended: false,
         };
