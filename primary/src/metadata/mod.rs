@@ -194,7 +194,7 @@ impl Edge {
 
     /// By the agent that can: on the host of a standby that is the backup agent.
     async fn failover(&self, guest: GuestId) -> Result<String, Failure> {
-        let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: false };
+        let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: false, hold: false };
         if self.agent.protected_to(guest).is_some() {
             // The admin service says where it is to be asked for.
             let refused = Admin::new(Arc::clone(&self.agent)).failover(request).await;
