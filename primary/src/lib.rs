@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod agent;
+pub mod autopilot;
 pub mod capture;
 pub mod config;
 #[cfg(feature = "test-hooks")]
