@@ -1,17 +1,21 @@
 //! How long a promotion takes from the first byte sent to QEMU until the guest runs, by the size of the guest: with its
 //! memory kept up to date in the standby (warm), and with all of it in the stream (cold). And what memory the backup has.
 //!
-//! `cargo run --release -p understudy-backup --example promotion_time -- [ROUNDS] [MIB,MIB,...] [JSON FILE]`, as root.
+//! `cargo xtask bench load -- [--rounds N] [--mib MIB,MIB,..]`, as root.
 //! The guest is the flat one of the capture's tests, under this machine's KVM, with libvirt's daemon of its own; every page
 //! of it is filled. The standby is made and loaded anew each round.
 #![allow(clippy::unwrap_used, reason = "it ends by panicking")]
 
+#[path = "../../tests/flat-guest/mod.rs"]
+mod flat_guest;
+#[path = "../../tests/examples/bench/report.rs"]
+mod report;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use serde_json::{Value, json};
+use clap::Parser;
+use report::Report;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use support::daemon::{Libvirtd, capture, missing};
@@ -28,40 +32,53 @@ const COLD_ROUNDS: usize = 3;
 /// Where the flat guest writes nothing: 32 MiB.
 const FILLED_FROM: u64 = 8192;
 
+#[derive(Parser)]
+struct Arguments {
+    /// Promotions of each size
+    #[arg(long, default_value_t = 20)]
+    rounds: usize,
+    /// Memory of the guests
+    #[arg(long, value_delimiter = ',', default_value = "128,1024,4096")]
+    mib: Vec<u64>,
+    /// Where the figures go
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
 fn main() {
     if let Some(reason) = missing() {
         println!("skipped: {reason}");
         return;
     }
-    let mut arguments = std::env::args().skip(1);
-    let rounds = arguments.next().map_or(20, |n| n.parse().unwrap());
-    let sizes = arguments.next().unwrap_or_else(|| "128,1024,4096".to_owned());
-    let file = arguments.next();
-
+    let arguments = Arguments::parse();
     let mut daemon = Libvirtd::start_in(tempfile::tempdir_in("/dev/shm").unwrap());
     let connection = daemon.connect();
     let dir = daemon.dir.path().to_owned();
-    let kernel = build(&dir);
+    let kernel = flat_guest::build(&dir, 1000).unwrap();
     let promoter = LibvirtPromoter::new(daemon.uri(), &dir, true);
-    println!(
-        "  MiB | load + resume, ms: median     p99 |  cold median | agent MiB: anonymous, in the standby's file"
-    );
-    let rows: Vec<Value> = sizes
-        .split(',')
-        .map(|mib| measure(&connection, &promoter, &kernel, mib.parse().unwrap(), rounds))
-        .collect();
-    if let Some(file) = file {
-        std::fs::write(file, serde_json::to_string_pretty(&json!({ "promotion": rows })).unwrap()).unwrap();
+    let sizes = arguments.mib.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let mut report =
+        Report::new("load", format!("cargo xtask bench load -- --rounds {} --mib {sizes}", arguments.rounds));
+    let mut medians = Vec::new();
+    for mib in &arguments.mib {
+        medians.push(measure(&connection, &promoter, &kernel, *mib, arguments.rounds, &mut report));
     }
+    let (least, most) =
+        medians.iter().fold((f64::MAX, 0.0f64), |(least, most), ms| (least.min(*ms), most.max(*ms)));
+    report.at_most("promotion, warm, slowest median, ms", 50.0, most);
+    report.at_most("promotion, warm, slowest to fastest size", 1.2, most / least);
+    report.write(arguments.json.as_ref()).unwrap();
 }
 
+/// The median of warm promotions, in ms.
 fn measure(
     connection: &Connection,
     promoter: &LibvirtPromoter,
     kernel: &Path,
     mib: u64,
     rounds: usize,
-) -> Value {
+    report: &mut Report,
+) -> f64 {
     let domain = connection.create_paused(&guest_xml(mib, kernel)).unwrap();
     let guest = GuestId(domain.uuid());
     domain.resume().unwrap();
@@ -87,18 +104,18 @@ fn measure(
         memory = (anonymous_bytes(), image.shared().unwrap().resident_bytes());
         warm.push(load(connection, promoter, &spec, &image));
     }
-    let (warm, cold) = (Times::of(warm), Times::of(cold));
-    let mib_of = |bytes: u64| bytes >> 20;
-    println!(
-        "{mib:5} | {:25.1} {:9.1} | {:12.1} | {}, {}",
-        warm.median,
-        warm.p99,
-        cold.median,
-        mib_of(memory.0),
-        mib_of(memory.1)
+    let mib_of = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let name = format!("{mib} MiB");
+    let ms = |times: Vec<Duration>| times.iter().map(|time| time.as_secs_f64() * 1e3).collect();
+    report.row(&name, "cold", "ms", ms(cold));
+    report.row(&name, "anonymous", "MiB", vec![mib_of(memory.0)]);
+    report.row(&name, "in the standby's file", "MiB", vec![mib_of(memory.1)]);
+    report.at_most(
+        &format!("backup's memory, {name}: guest + 64 MiB"),
+        mib as f64 + 64.0,
+        mib_of(memory.0 + memory.1),
     );
-    json!({"guest_mib": mib, "rounds": rounds, "warm_ms": warm.json(), "cold_ms": cold.json(),
-        "agent_anonymous_bytes": memory.0, "standby_file_bytes": memory.1})
+    report.row(&name, "understudy", "ms", ms(warm))
 }
 
 /// With a standby of its own that is not the image's memory.
@@ -127,29 +144,6 @@ fn load(
     loaded + activation.resume
 }
 
-struct Times {
-    median: f64,
-    p99: f64,
-    all: Vec<f64>,
-}
-
-impl Times {
-    fn of(mut times: Vec<Duration>) -> Self {
-        times.sort();
-        let ms = |time: &Duration| time.as_secs_f64() * 1000.0;
-        let rank = (times.len() * 99).div_ceil(100).saturating_sub(1);
-        Self {
-            median: ms(&times[times.len() / 2]),
-            p99: ms(&times[rank]),
-            all: times.iter().map(ms).collect(),
-        }
-    }
-
-    fn json(&self) -> Value {
-        json!({"median": self.median, "p99": self.p99, "all": self.all})
-    }
-}
-
 fn guest_xml(mib: u64, kernel: &Path) -> String {
     format!(
         "<domain type='kvm'><name>flat</name><memory unit='MiB'>{mib}</memory><vcpu>1</vcpu>
@@ -159,26 +153,6 @@ fn guest_xml(mib: u64, kernel: &Path) -> String {
            <video><model type='vga'/></video></devices></domain>",
         kernel.display()
     )
-}
-
-/// The guest that dirties a thousand pages for ever.
-fn build(dir: &Path) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../primary/testdata/flat-guest.S");
-    let (object, elf) = (dir.join("flat.o"), dir.join("flat.elf"));
-    let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
-    run(Command::new("as").args(["--32", "--defsym", "PAGES=1000", "-o"]).args([&object, &source]));
-    run(Command::new("ld")
-        .args([
-            "-m",
-            "elf_i386",
-            "-e",
-            "start",
-            "--section-start=.multiboot=0x100000",
-            "-Ttext=0x100020",
-            "-o",
-        ])
-        .args([&elf, &object]));
-    elf
 }
 
 /// No two pages alike.

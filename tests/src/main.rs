@@ -2,6 +2,7 @@
 //! process that supervises a lab, and the first program of the lab's hosts.
 
 mod assets;
+mod bench;
 mod demo;
 mod host;
 mod lab;
@@ -53,6 +54,17 @@ enum Command {
         /// The first one
         #[arg(long, value_name = "S", default_value_t = 1)]
         start: u64,
+    },
+    /// Measures something, in release mode; every goal is printed with what was reached
+    Bench {
+        /// What
+        name: bench::Bench,
+        /// Writes medians, p99 and all samples to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<std::path::PathBuf>,
+        /// For the bench itself, for example `-- --rounds 50`
+        #[arg(last = true)]
+        more: Vec<String>,
     },
     /// Two real hosts on this machine
     Lab(lab::cli::LabArgs),
@@ -119,6 +131,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Test { only, scenario, root } => testing::run(&only, &scenario, root.roots()),
         Command::Campaign { name } => testing::campaign(name),
         Command::Sim { seeds, start } => testing::sim::run(start, seeds),
+        Command::Bench { name, json, more } => bench::run(name, json, &more),
         Command::Lab(args) => lab::cli::main(args),
         Command::Demo { json } => {
             process::ensure_root()?;

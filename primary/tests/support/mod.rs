@@ -1,9 +1,12 @@
 //! A bare QEMU with a guest that dirties memory, for tests and measurements of capture.
 #![allow(dead_code, reason = "each user needs a part of it")]
 
+#[path = "../../../tests/flat-guest/mod.rs"]
+mod flat_guest;
+
 use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -17,8 +20,6 @@ use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex};
 
 /// Memory of the guest.
 pub(crate) const RAM_BYTES: usize = 64 << 20;
-/// Where the guest keeps the number of its round.
-const ROUND_ADDRESS: u64 = 0x20_0000;
 /// The firmware runs first, and where the machine is busy and its KVM emulates that, it takes minutes.
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
 
@@ -30,17 +31,15 @@ pub(crate) fn skip_reason() -> Option<String> {
     if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         return Some(format!("/dev/kvm cannot be used: {error}"));
     }
-    [(qemu(), "--version"), ("as".into(), "--version"), ("ld".into(), "--version")].into_iter().find_map(
-        |(program, argument)| {
-            let status = Command::new(&program)
-                .arg(argument)
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .status();
-            status.err().map(|error| format!("{program} cannot be run: {error}"))
-        },
-    )
+    flat_guest::TOOLS.map(str::to_owned).into_iter().chain([qemu()]).find_map(|program| {
+        let status = Command::new(&program)
+            .arg("--version")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        status.err().map(|error| format!("{program} cannot be run: {error}"))
+    })
 }
 
 fn qemu() -> String {
@@ -59,7 +58,7 @@ impl Guest {
     /// Starts a guest that dirties `pages` pages in each of its rounds and waits until it does.
     pub(crate) fn start(machine: &str, pages: usize, extra: &[&str]) -> io::Result<Self> {
         let dir = tempfile::tempdir()?;
-        let elf = build(dir.path(), pages)?;
+        let elf = flat_guest::build(dir.path(), pages)?;
         let socket = dir.path().join("qmp");
         let child = Command::new(qemu())
             .args(["-accel", "kvm", "-cpu", "qemu64", "-m", "64", "-display", "none", "-nodefaults"])
@@ -106,7 +105,7 @@ impl Guest {
 
     /// The number of the guest's round.
     pub(crate) fn round(&self) -> io::Result<u32> {
-        let bytes = self.dump(ROUND_ADDRESS, 4)?;
+        let bytes = self.dump(flat_guest::ROUND_ADDRESS, 4)?;
         Ok(u32::from_le_bytes(bytes.try_into().map_err(|_| io::Error::other("short dump"))?))
     }
 
@@ -177,33 +176,6 @@ pub(crate) fn dump(monitor: &dyn Monitor, dir: &Path, address: u64, bytes: u64) 
         .execute("pmemsave", json!({"val": address, "size": bytes, "filename": file}))
         .map_err(io::Error::other)?;
     std::fs::read(file)
-}
-
-fn build(dir: &Path, pages: usize) -> io::Result<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/flat-guest.S");
-    let (object, elf) = (dir.join("guest.o"), dir.join("guest.elf"));
-    let run = |command: &mut Command| {
-        let output = command.stdin(Stdio::null()).output()?;
-        if output.status.success() {
-            return Ok(());
-        }
-        Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()))
-    };
-    run(Command::new("as")
-        .args(["--32", "--defsym", &format!("PAGES={pages}"), "-o"])
-        .args([&object, &source]))?;
-    run(Command::new("ld")
-        .args([
-            "-m",
-            "elf_i386",
-            "-e",
-            "start",
-            "--section-start=.multiboot=0x100000",
-            "-Ttext=0x100020",
-            "-o",
-        ])
-        .args([&elf, &object]))?;
-    Ok(elf)
 }
 
 /// Keeps what it is given: the guest's memory, rebuilt.

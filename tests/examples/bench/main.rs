@@ -1,0 +1,83 @@
+//! `cargo xtask bench NAME`: measurements with their raw data. Every file holds one.
+
+#[path = "../../../primary/tests/support/mod.rs"]
+mod guest;
+
+mod codec;
+mod memory;
+mod pause;
+mod report;
+mod stock;
+mod trace;
+mod wire;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use report::Report;
+
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    bench: Bench,
+    /// Where the figures go
+    #[arg(long, global = true, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// How long a checkpoint keeps a guest stopped: Understudy's capture and a pair of stock QEMUs
+    Pause {
+        /// Stops of each cell
+        #[arg(long, default_value_t = 200)]
+        rounds: usize,
+        /// Pages the guest dirties
+        #[arg(long, value_delimiter = ',', default_value = "0,1000,4000")]
+        pages: Vec<usize>,
+        /// Memory of the guest
+        #[arg(long, default_value_t = 256)]
+        mib: usize,
+        /// Leave the stock pairs out
+        #[arg(long)]
+        without_stock: bool,
+    },
+    /// What encoding a page costs: XBZRLE against a byte-wise encoder and memcpy; LZ4
+    Codec {
+        /// Rounds over all pages
+        #[arg(long, default_value_t = 15)]
+        rounds: usize,
+    },
+    /// Bytes of generated epochs on the wire, by plan
+    Wire {
+        /// Epochs of each trace
+        #[arg(long, default_value_t = 60)]
+        epochs: u64,
+    },
+    /// Memory of encoder and image beyond what they must have
+    Memory {
+        /// Memory of the guest
+        #[arg(long, default_value_t = 512)]
+        mib: u64,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    let Arguments { bench, json } = Arguments::parse();
+    let report = match bench {
+        Bench::Pause { rounds, pages, mib, without_stock } => {
+            pause::run(rounds, &pages, mib, !without_stock)?
+        }
+        Bench::Codec { rounds } => codec::run(rounds),
+        Bench::Wire { epochs } => wire::run(epochs)?,
+        Bench::Memory { mib } => memory::run(mib)?,
+    };
+    report.write(json.as_ref())?;
+    Ok(())
+}
+
+/// Milliseconds.
+fn ms(time: std::time::Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

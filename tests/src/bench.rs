@@ -1,0 +1,49 @@
+//! `cargo xtask bench`: builds a measurement in release mode and runs it.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+
+use crate::workspace;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Bench {
+    /// How long a checkpoint keeps a guest stopped, beside stock COLO
+    Pause,
+    /// Bytes of generated epochs on the wire
+    Wire,
+    /// What encoding a page costs
+    Codec,
+    /// Memory of encoder and image
+    Memory,
+    /// How long a promotion takes to load a guest, and the backup's memory
+    Load,
+}
+
+/// Runs one; `more` goes to it as it is.
+pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Result<i32> {
+    let mut cargo = workspace::cargo();
+    cargo.args(["run", "--locked", "--release", "-p"]);
+    let name = match bench {
+        Bench::Load => None,
+        Bench::Pause => Some("pause"),
+        Bench::Wire => Some("wire"),
+        Bench::Codec => Some("codec"),
+        Bench::Memory => Some("memory"),
+    };
+    match name {
+        Some(name) => cargo.args(["understudy-tests", "--example", "bench", "--", name]),
+        None => cargo.args(["understudy-backup", "--example", "promotion_time", "--"]),
+    };
+    if let Some(file) = json {
+        // Cargo runs at the root, whoever calls from elsewhere.
+        cargo.arg("--json").arg(std::path::absolute(file)?);
+    }
+    let status = cargo.args(more).status()?;
+    match status.code() {
+        Some(code) => Ok(code),
+        None => bail!("the bench was ended by a signal"),
+    }
+}
