@@ -171,7 +171,7 @@ async fn probe(
     let reply = probe_with(host, security, request, PROBE_LIMIT).await;
     match reply {
         Err(failure) if *security == Security::Plain && transport::wants_tls(host).await => {
-            let reason = format!("{}; it wants TLS: leave out --insecure", failure.reason);
+            let reason = format!("{}; it seems to want TLS: leave out --insecure", failure.reason);
             Err(Failure { reason, ..failure })
         }
         reply => reply,
