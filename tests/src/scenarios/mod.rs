@@ -7,6 +7,7 @@ mod lifecycle;
 mod output;
 mod random;
 mod refusals;
+mod verified;
 mod versions;
 
 use std::cell::Cell;
@@ -49,6 +50,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     exactness::SCENARIOS,
     failover::SCENARIOS,
     output::SCENARIOS,
+    verified::SCENARIOS,
 ];
 
 /// How long a guest may take until it answers.
