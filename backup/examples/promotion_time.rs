@@ -19,6 +19,7 @@ use understudy_backup::image::{Image, Move};
 use understudy_backup::libvirt::LibvirtPromoter;
 use understudy_backup::promoter::{Promoter, Standby, StandbySpec};
 use understudy_libvirt::Connection;
+use understudy_proto::frame::{Codec, Record};
 use understudy_proto::ids::GuestId;
 use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageIndex};
 
@@ -69,7 +70,9 @@ fn measure(
     let mut image = capture(&domain);
     domain.destroy().unwrap();
     for page in FILLED_FROM..mib * 256 {
-        image.write(BlockIndex(0), PageIndex::new(page), Some(&filled(page))).unwrap();
+        let payload = filled(page);
+        let (block, page) = (BlockIndex(0), PageIndex::new(page));
+        image.apply(&Record { block, page, codec: Codec::Raw, payload: &payload[..] }).unwrap();
     }
     let spec = StandbySpec { guest, seed: Arc::clone(image.seed()), persistent: false };
     let mut image = Arc::new(image);

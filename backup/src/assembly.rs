@@ -2,16 +2,23 @@
 //!
 //! A delta is kept as the frames it came in; a full epoch is written straight into an image of its own. Either
 //! way nothing of it is visible before it is verified whole (invariant 2).
+//!
+//! Records of a delta may refer to the epoch before. They are decoded twice, both times over the image as that epoch
+//! left it: for the digest when they arrive, and when the epoch is applied. The image cannot change in between, because
+//! one thread does all of this in order and opens an epoch only behind the one before; and a record by reference that
+//! is not the first of its page is refused, so what is applied before it does not matter either.
 
 use crate::image::{Image, MemoryProvider};
 use bytes::Bytes;
 use std::sync::Arc;
 use understudy_proto::ProtocolError;
+use understudy_proto::codec;
 use understudy_proto::digest::{Digest, PagesDigest};
 use understudy_proto::epoch::{EpochKind, EpochManifest};
-use understudy_proto::frame::FrameReader;
+use understudy_proto::frame::{Codec, FrameReader, Record};
 use understudy_proto::layout::MemoryLayout;
 use understudy_proto::rpc::epoch::{Begin, EpochRef, RejectCode, Seed};
+use understudy_proto::units::PAGE_BYTES;
 
 /// Numbers the attempts at receiving an epoch, so that an answer to an abandoned one is never taken for another's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -83,7 +90,42 @@ impl Proof {
 
 enum Pages {
     Full(Box<Image>),
-    Delta { seed: Arc<Seed>, frames: Vec<Bytes> },
+    Delta { seed: Arc<Seed>, frames: Vec<Bytes>, seen: SeenPages },
+}
+
+/// The pages a delta has said something of: a bit for each. Memory of bits nobody sets costs nothing.
+struct SeenPages(Vec<Vec<u64>>);
+
+impl SeenPages {
+    fn none(layout: &MemoryLayout) -> Self {
+        let words = |pages: u64| usize::try_from(pages / 64 + 1).unwrap_or(0);
+        Self(layout.blocks().iter().map(|block| vec![0; words(block.pages())]).collect())
+    }
+
+    /// Adds a record's page.
+    ///
+    /// # Errors
+    /// If the record is by reference and the page is there already.
+    fn add(&mut self, record: &Record<'_>) -> Result<(), ProtocolError> {
+        let index = usize::try_from(record.page.get()).unwrap_or(usize::MAX);
+        let Record { block, page, codec, .. } = record;
+        let word = self.0.get_mut(usize::from(block.0)).and_then(|words| words.get_mut(index / 64));
+        // The reader has checked the page against the layout.
+        let word =
+            word.ok_or_else(|| ProtocolError::invalid("page index", format!("{page} of block {block}")))?;
+        let bit = 1 << (index % 64);
+        if *word & bit != 0 && codec.is_by_reference() {
+            return Err(ProtocolError::invalid(
+                "page codec",
+                format!(
+                    "{} for page {page} of block {block}, which the epoch has given before",
+                    codec.name()
+                ),
+            ));
+        }
+        *word |= bit;
+        Ok(())
+    }
 }
 
 /// An epoch that arrives.
@@ -96,6 +138,7 @@ pub struct Assembly {
     page_count: u64,
     frame_bytes: u64,
     device: Vec<u8>,
+    reader: FrameReader,
 }
 
 impl std::fmt::Debug for Assembly {
@@ -128,7 +171,8 @@ impl Assembly {
 
     /// Begins a delta upon an image seeded with `seed`.
     pub fn delta(attempt: Attempt, begin: Begin, seed: Arc<Seed>) -> Self {
-        Self::new(attempt, begin, Pages::Delta { seed, frames: Vec::new() })
+        let seen = SeenPages::none(&seed.layout);
+        Self::new(attempt, begin, Pages::Delta { seed, frames: Vec::new(), seen })
     }
 
     fn new(attempt: Attempt, begin: Begin, pages: Pages) -> Self {
@@ -141,6 +185,7 @@ impl Assembly {
             page_count: 0,
             frame_bytes: 0,
             device: Vec::new(),
+            reader: FrameReader::new(),
         }
     }
 
@@ -154,29 +199,41 @@ impl Assembly {
         self.attempt
     }
 
-    /// Takes a frame, decoding every record of it.
+    /// Takes a frame, decoding every record of it; those of a delta that refer to the epoch before over `before`, the
+    /// image of that epoch.
     ///
     /// # Errors
     /// If a record is not valid.
-    pub fn frame(&mut self, frame: Bytes) -> Result<(), Fault> {
+    pub fn frame(&mut self, frame: Bytes, before: Option<&Image>) -> Result<(), Fault> {
         self.frame_count += 1;
         self.frame_bytes += frame.len() as u64;
+        let Self { reader, digest, page_count, .. } = self;
+        let mut scratch = [0; PAGE_BYTES];
         match &mut self.pages {
             Pages::Full(image) => {
                 let seed = Arc::clone(image.seed());
-                for record in FrameReader::new(&frame, &seed.layout)? {
-                    let record = record?;
-                    self.digest.update(record.block, record.page, record.content);
-                    image.write(record.block, record.page, record.content)?;
-                    self.page_count += 1;
-                }
+                reader.read::<ProtocolError>(&frame, &seed.layout, |record| {
+                    if record.codec.is_by_reference() {
+                        // Says what is wrong with it.
+                        codec::decode(&record, None, &mut scratch)?;
+                    }
+                    image.apply(&record)?;
+                    let content = image.page(record.block, record.page);
+                    let content = content.filter(|_| record.codec != Codec::Zero);
+                    digest.update(record.block, record.page, content);
+                    *page_count += 1;
+                    Ok(())
+                })?;
             }
-            Pages::Delta { seed, frames } => {
-                for record in FrameReader::new(&frame, &seed.layout)? {
-                    let record = record?;
-                    self.digest.update(record.block, record.page, record.content);
-                    self.page_count += 1;
-                }
+            Pages::Delta { seed, frames, seen } => {
+                let before = before.filter(|image| Arc::ptr_eq(image.seed(), seed));
+                reader.read::<ProtocolError>(&frame, &seed.layout, |record| {
+                    seen.add(&record)?;
+                    let before = before.and_then(|image| image.page(record.block, record.page));
+                    digest.update(record.block, record.page, codec::decode(&record, before, &mut scratch)?);
+                    *page_count += 1;
+                    Ok(())
+                })?;
                 frames.push(frame);
             }
         }
@@ -242,33 +299,26 @@ impl Verified {
     ///
     /// # Errors
     /// If a delta meets no image, or one of another layout, or one in use. Then the image is gone or unchanged,
-    /// never half written: every record was decoded against the same layout before.
+    /// never half written: every record was decoded against the same layout and the same pages before.
     pub fn apply(self, image: &mut Option<Arc<Image>>) -> Result<(), String> {
-        let Assembly { at, pages, device, .. } = self.0;
+        let Assembly { at, pages, device, mut reader, .. } = self.0;
         match pages {
             Pages::Full(mut full) => {
                 full.set_epoch(at, device.into());
                 *image = Some(Arc::from(full));
             }
-            Pages::Delta { seed, frames } => {
+            Pages::Delta { seed, frames, .. } => {
                 let target = image.as_mut().and_then(Arc::get_mut).ok_or("the image is gone or in use")?;
                 if !Arc::ptr_eq(target.seed(), &seed) {
                     return Err("the image has another layout than the epoch".into());
                 }
                 for frame in &frames {
-                    write_frame(target, &seed.layout, frame).map_err(|e| e.to_string())?;
+                    let written = reader.read(frame, &seed.layout, |record| target.apply(&record));
+                    written.map_err(|e: ProtocolError| e.to_string())?;
                 }
                 target.set_epoch(at, device.into());
             }
         }
         Ok(())
     }
-}
-
-fn write_frame(image: &mut Image, layout: &MemoryLayout, frame: &[u8]) -> Result<(), ProtocolError> {
-    for record in FrameReader::new(frame, layout)? {
-        let record = record?;
-        image.write(record.block, record.page, record.content)?;
-    }
-    Ok(())
 }

@@ -6,6 +6,8 @@ use bytes::Bytes;
 use std::fmt;
 use std::sync::Arc;
 use understudy_proto::ProtocolError;
+use understudy_proto::codec;
+use understudy_proto::frame::{Codec, Record};
 use understudy_proto::layout::{MemoryLayout, RamBlock};
 use understudy_proto::rpc::epoch::{EpochRef, Seed};
 use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex};
@@ -197,16 +199,12 @@ impl Image {
         self.shared.as_ref()
     }
 
-    /// Writes a page; a page of zeros that was never written before is not touched.
+    /// Makes a page what a record says; a page of zeros that was never written before is not touched.
     ///
     /// # Errors
-    /// If the layout has no such page.
-    pub fn write(
-        &mut self,
-        block: BlockIndex,
-        page: PageIndex,
-        content: Option<&PageData>,
-    ) -> Result<(), ProtocolError> {
+    /// If the layout has no such page, or the record does not decode: then the page is neither old nor new.
+    pub fn apply(&mut self, record: &Record<'_>) -> Result<(), ProtocolError> {
+        let Record { block, page, codec, .. } = *record;
         self.seed.layout.check_page(block, page)?;
         let outside = || ProtocolError::invalid("page index", format!("{page} of block {block}"));
         let target = self.blocks.get_mut(usize::from(block.0)).ok_or_else(outside)?;
@@ -216,15 +214,19 @@ impl Image {
             return Err(outside());
         };
         let bit = 1 << (index % 64);
-        match content {
-            Some(c) => {
-                *memory = *c;
-                *word |= bit;
-            }
-            None if *word & bit != 0 => memory.fill(0),
-            None => (),
+        match codec {
+            Codec::Unchanged => return Ok(()),
+            Codec::Zero if *word & bit == 0 => return Ok(()),
+            Codec::Zero => {}
+            _ => *word |= bit,
         }
-        Ok(())
+        codec::apply(record, memory)
+    }
+
+    /// A page as it is.
+    pub fn page(&self, block: BlockIndex, page: PageIndex) -> Option<&PageData> {
+        let bytes = self.blocks.get(usize::from(block.0))?.memory.bytes();
+        bytes.as_chunks::<PAGE_BYTES>().0.get(usize::try_from(page.get()).ok()?)
     }
 
     /// Makes the image that of an epoch.
@@ -273,6 +275,29 @@ mod tests {
         Arc::new(Seed { layout, domain_xml: "<domain/>".into() })
     }
 
+    fn record(block: u16, page: u64, content: Option<&PageData>) -> Record<'_> {
+        let (codec, payload) = match content {
+            Some(content) => (Codec::Raw, &content[..]),
+            None => (Codec::Zero, &[][..]),
+        };
+        Record { block: BlockIndex(block), page: PageIndex::new(page), codec, payload }
+    }
+
+    #[test]
+    fn records_by_reference_change_the_page_that_is_there() {
+        let mut image = Image::new(seed(), &AnonymousMemory).unwrap();
+        let (block, page) = (BlockIndex(0), PageIndex::new(3));
+        let reference = |codec, payload| Record { block, page, codec, payload };
+        image.apply(&reference(Codec::Unchanged, &[])).unwrap();
+        // Over a page that was never written: it is zeros, and counts as written from then on.
+        image.apply(&reference(Codec::Xbzrle, &[1, 2, 7, 8])).unwrap();
+        image.apply(&reference(Codec::Xbzrle, &[2, 1, 9])).unwrap();
+        image.apply(&reference(Codec::Unchanged, &[])).unwrap();
+        assert_eq!(image.page(block, page).unwrap()[..5], [0, 7, 9, 0, 0]);
+        image.apply(&record(0, 3, None)).unwrap();
+        assert_eq!(image.page(block, page), Some(&[0; PAGE_BYTES]));
+    }
+
     /// Counts the pages that are in memory.
     fn resident_pages(image: &Image) -> u64 {
         let start = image.blocks[0].memory.bytes().as_ptr() as usize;
@@ -295,7 +320,7 @@ mod tests {
         let seed = Arc::new(Seed { layout, domain_xml: "<domain/>".into() });
         let mut image = Image::new(seed, &AnonymousMemory).unwrap();
         for i in 0..(64 << 20) / 4096 {
-            image.write(BlockIndex(0), PageIndex::new(i), None).unwrap();
+            image.apply(&record(0, i, None)).unwrap();
         }
         // The kernel may have merged our mapping with a small neighbour.
         assert!(resident_pages(&image) < 4096, "{} pages", resident_pages(&image));
@@ -304,9 +329,8 @@ mod tests {
     #[test]
     fn the_last_write_of_a_page_wins() {
         let mut image = Image::new(seed(), &AnonymousMemory).unwrap();
-        let at = (BlockIndex(0), PageIndex::new(69));
         for content in [Some([1; PAGE_BYTES]), None, Some([2; PAGE_BYTES]), None] {
-            image.write(at.0, at.1, content.as_ref()).unwrap();
+            image.apply(&record(0, 69, content.as_ref())).unwrap();
             let (_, _, memory) = image.blocks().next().unwrap();
             assert!(memory[69 * 4096..] == content.unwrap_or([0; PAGE_BYTES]));
             assert!(memory[..69 * 4096].iter().all(|b| *b == 0));
@@ -316,8 +340,9 @@ mod tests {
     #[test]
     fn pages_outside_are_refused() {
         let mut image = Image::new(seed(), &AnonymousMemory).unwrap();
-        assert!(image.write(BlockIndex(2), PageIndex::new(0), None).is_err());
-        assert!(image.write(BlockIndex(1), PageIndex::new(2), None).is_err());
-        assert!(image.write(BlockIndex(1), PageIndex::new(u64::MAX), None).is_err());
+        for (block, page) in [(2, 0), (1, 2), (1, u64::MAX)] {
+            assert!(image.apply(&record(block, page, None)).is_err());
+            assert!(image.page(BlockIndex(block), PageIndex::new(page)).is_none());
+        }
     }
 }

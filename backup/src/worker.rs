@@ -14,7 +14,7 @@ use tokio::sync::mpsc::error::TryRecvError;
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::rpc::epoch::{Begin, EpochRef, RejectCode, Seed};
 
-/// Jobs that may wait: enough to keep the thread busy, few enough to bound memory (a frame is 264 KiB at most).
+/// Jobs that may wait: enough to keep the thread busy, few enough to bound memory (a frame is 320 KiB at most).
 const JOBS: usize = 64;
 
 /// Reports that may wait. There is one per verification, application, move and request for the image, and of each at
@@ -157,7 +157,7 @@ impl Worker {
             Job::Frame(frame) => {
                 let assembly = self.open.as_mut()?;
                 let (attempt, at) = (assembly.attempt(), assembly.at());
-                let fault = assembly.frame(frame).err()?;
+                let fault = assembly.frame(frame, self.image.as_deref()).err()?;
                 self.open = None;
                 Some(Report::Rejected(attempt, at, fault))
             }

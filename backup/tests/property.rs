@@ -72,13 +72,22 @@ async fn run(steps: Vec<Step>, warm: bool) -> u64 {
             Step::Commit(k, p) | Step::Cut(k, p, _) | Step::Corrupt(k, p) => (*k, p.clone()),
             Step::Look => (Delta, vec![]),
         };
-        let pages: Vec<_> = pages.into_iter().map(|(b, i, fill)| page(b, i, fill)).collect();
+        // Pages that differ little and pages that differ everywhere.
+        let page = |(b, i, fill)| if number % 2 == 0 { edited(b, i, fill) } else { page(b, i, fill) };
+        let pages: Vec<_> = pages.into_iter().map(page).collect();
         // A delta needs the epoch before it; a full copy may leave numbers out.
         let kind = if oracle.committed.is_none() { Full } else { kind };
         let next = oracle.at().map_or(0, |a| a.epoch.0) + if kind == Full { 2 } else { 1 };
         number += 1;
         let device = format!("device {number}");
-        let mut epoch = Epoch::new(at(1, next), kind, &layout, &pages, device.as_bytes());
+        let none = Model::new(&layout);
+        let before = oracle.committed.as_ref().map_or(&none, |(_, model, _)| model);
+        let mut epoch = match number % 3 {
+            0 => Epoch::new(at(1, next), kind, &layout, &pages, device.as_bytes()),
+            batched => {
+                Epoch::coded(at(1, next), kind, &layout, &pages, device.as_bytes(), before, batched == 2)
+            }
+        };
         match step {
             Step::Commit(..) => {
                 primary.commit(&epoch).await;

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use support::*;
 use understudy_proto::digest::Digest;
 use understudy_proto::epoch::EpochKind::{Delta, Full};
+use understudy_proto::frame::RECORD_HEADER_BYTES;
 use understudy_proto::ids::{EpochId, Generation, GuestId};
 use understudy_proto::negotiate::Offer;
 use understudy_proto::rpc::FailureKind;
@@ -112,6 +113,68 @@ async fn every_flipped_bit_of_an_epoch_is_rejected_and_a_full_copy_heals() {
     let mut model = Model::new(&layout);
     model.write(&[page(0, 1, 3)]);
     assert_eq!(backup.peek().await.unwrap(), model.content(at(1, number), b"good"));
+}
+
+#[tokio::test]
+async fn records_by_reference_are_over_the_epoch_before() {
+    let (backup, mut primary, mut model) = seeded().await;
+    let layout = layout(&[8, 2]);
+    primary.commit(&Epoch::new(at(1, 2), Delta, &layout, &[edited(0, 0, 9), edited(0, 1, 8)], b"2")).await;
+    model.write(&[edited(0, 0, 9), edited(0, 1, 8)]);
+    // Page 0 differs a little, page 1 not at all, page 2 everywhere; then pages 0 and 1 once more.
+    let pages = [edited(0, 0, 20), edited(0, 1, 8), page(0, 2, 50), edited(0, 0, 21), page(0, 1, 0)];
+    for (number, batched) in [(3, false), (4, true)] {
+        let epoch = Epoch::coded(at(1, number), Delta, &layout, &pages, b"device", &model, batched);
+        primary.commit(&epoch).await;
+        model.write(&pages);
+    }
+    assert_eq!(backup.peek().await.unwrap(), model.content(at(1, 4), b"device"));
+}
+
+#[tokio::test]
+async fn a_reference_that_nothing_stands_behind_is_rejected() {
+    let (backup, mut primary, model) = seeded().await;
+    let layout = layout(&[8, 2]);
+    let epoch = |number, kind, pages: &[Page]| {
+        let mut epoch = Epoch::coded(at(1, number), Delta, &layout, pages, b"device", &model, false);
+        (epoch.kind, epoch.manifest.kind) = (kind, kind);
+        epoch
+    };
+    // In a full copy there is no epoch before.
+    let full = epoch(2, Full, &[page(0, 0, 1)]);
+    assert_eq!(full.frames[0].len(), RECORD_HEADER_BYTES, "the page is said to be unchanged");
+    // The second record of a page cannot say whether the epoch before or the first one is meant.
+    let mut twice = epoch(2, Delta, &[page(0, 0, 7)]);
+    let unchanged = &full.frames[0];
+    twice.frames = vec![[&twice.frames[0][..], unchanged].concat().into()];
+    twice.manifest.frame_bytes = twice.frames[0].len() as u64;
+    for (epoch, reason) in [(full, "refers to the epoch before"), (twice, "has given before")] {
+        primary.send_all(epoch.messages()).await;
+        let (code, text) = rejected(primary.answer().await);
+        assert_eq!(code, RejectCode::Corrupt);
+        assert!(text.contains(reason), "{text}");
+    }
+    assert_eq!(backup.peek().await.unwrap(), model.content(at(1, 1), b"device 1"));
+}
+
+/// A backup whose image is not what the primary takes it for must not commit what comes of it.
+#[tokio::test]
+async fn a_difference_from_another_page_is_rejected_by_its_digest() {
+    let (backup, mut primary, model) = seeded().await;
+    let layout = layout(&[8, 2]);
+    let mut other = Model::new(&layout);
+    other.write(&[page(0, 0, 99), page(0, 1, 99)]);
+    let (block, index, mut content) = page(0, 0, 99);
+    content.iter_mut().for_each(|content| content[5] = 5);
+    for pages in [[(block, index, content)], [page(0, 1, 99)]] {
+        let epoch = Epoch::coded(at(1, 2), Delta, &layout, &pages, b"device", &other, false);
+        assert!(epoch.frames[0].len() < 100, "by reference");
+        primary.send_all(epoch.messages()).await;
+        let (code, text) = rejected(primary.answer().await);
+        assert_eq!(code, RejectCode::Corrupt);
+        assert!(text.contains("digest of the pages"), "{text}");
+    }
+    assert_eq!(backup.peek().await.unwrap(), model.content(at(1, 1), b"device 1"));
 }
 
 #[tokio::test]

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use clap::Parser;
 
+use crate::encode::{Compress, Encoding};
+
 /// Shortest epoch: below it the guest would hardly run.
 pub const MIN_EPOCH: Duration = Duration::from_millis(5);
 
@@ -34,6 +36,13 @@ pub struct Config {
     /// Time a guest runs at least between two checkpoints when its output waits, in milliseconds.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=60_000))]
     pub output_floor_ms: u32,
+    /// Whether pages may be encoded before they are sent, where that makes epochs shorter.
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = Compress::Auto)]
+    pub compress: Compress,
+
+    /// Memory for what guests have rewritten, per guest, in MiB: differences are taken from it.
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    pub page_cache_mib: u32,
 
     /// Name of this host in messages; libvirt's name for it by default.
     #[arg(long, value_name = "NAME")]
@@ -69,6 +78,12 @@ pub struct Config {
 }
 
 impl Config {
+    /// How the pages of each guest are encoded.
+    pub fn encoding(&self) -> Encoding {
+        let cache_mib = usize::try_from(self.page_cache_mib).unwrap_or(0);
+        Encoding { compress: self.compress, cache_bytes: cache_mib.saturating_mul(1 << 20) }
+    }
+
     /// Everything that is wrong with it, one sentence each.
     pub fn mistakes(&self) -> Vec<String> {
         let mut mistakes = Vec::new();

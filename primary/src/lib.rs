@@ -7,6 +7,7 @@ pub mod config;
 #[cfg(feature = "test-hooks")]
 pub mod dump;
 pub mod egress;
+pub mod encode;
 pub mod engine;
 #[cfg(feature = "test-hooks")]
 pub mod hooks;

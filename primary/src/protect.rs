@@ -326,6 +326,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
         source: Box::new(source),
         barrier: barrier(agent, &domain),
         output,
+        encoding: agent.config.encoding(),
     })
 }
 

@@ -36,6 +36,15 @@ def seeds():
     yield "checkpoint", "valid", 2 * (b"\0\0\0\x01\0\0\0\x03\x08\0\x0b\0\0" + last + b"\0" + device)
     raw = struct.pack("<QHHI", 3, 0, 1, 4096) + b"\x07" * 4096
     yield "frame", "valid", struct.pack("<QHHI", 15, 1, 0, 0) + raw
+    # Page 3 as LZ4 (zeros behind a literal), page 4 unchanged, page 5 as a difference; then a batch of page 6.
+    lz4 = b"\x1f\0\1\0" + b"\xff" * 15 + b"\xe7" + b"\x50" + b"\0" * 5
+    difference = b"\x10\x03new"
+    coded = struct.pack("<QHHI", 3, 0, 4, len(lz4)) + lz4 + struct.pack("<QHHI", 4, 0, 2, 0)
+    coded += struct.pack("<QHHI", 5, 0, 3, len(difference)) + difference
+    record = struct.pack("<QHHI", 6, 0, 0, 0)
+    block = b"\xf0\x01" + record
+    yield "frame", "coded", coded
+    yield "frame", "batch", struct.pack("<QHHI", len(record), 0, 5, len(block)) + block
     edits = b"\0\x04head" + b"\x80\x01\x21" + b"\x08" * 33 + b"\x40\x80\x02" + b"\x09" * 256
     yield "xbzrle", "valid", b"\x07" + edits
     yield "xbzrle", "whole", b"\x07\0\x80\x20" + bytes(range(256)) * 16

@@ -5,6 +5,7 @@
 //! no clock; everything gRPC is behind the feature `rpc`.
 #![forbid(unsafe_code)]
 
+pub mod codec;
 pub mod control;
 pub mod digest;
 pub mod epoch;

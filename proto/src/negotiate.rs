@@ -32,7 +32,19 @@ pub struct Feature {
 }
 
 /// Every feature this build has. Codecs other than those of version 1 are features named `codec/NAME`.
-pub const FEATURES: &[Feature] = &[];
+pub const FEATURES: &[Feature] = &[
+    Feature {
+        name: FEATURE_XBZRLE,
+        meaning: "records of deltas may refer to the epoch before: unchanged, XBZRLE",
+    },
+    Feature { name: FEATURE_LZ4, meaning: "pages and batches of records may be LZ4 blocks" },
+];
+
+/// Name of the feature of records by reference.
+pub const FEATURE_XBZRLE: &str = "codec/xbzrle";
+
+/// Name of the feature of LZ4 blocks.
+pub const FEATURE_LZ4: &str = "codec/lz4";
 
 /// What one side can speak.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use understudy_backup::image::{AnonymousMemory, Image};
 use understudy_libvirt::{Connection, Domain, qmp};
+use understudy_proto::frame::{Codec, Record};
 use understudy_proto::qemu::{EndSeen, PrecopyEvent, PrecopyReader};
 use understudy_proto::rpc::epoch::Seed;
 
@@ -103,7 +104,14 @@ pub fn capture(domain: &Domain) -> Image {
                 let seed = Seed { layout: layout.as_ref().clone(), domain_xml: xml.clone() };
                 image = Some(Image::new(Arc::new(seed), &AnonymousMemory).unwrap());
             }
-            PrecopyEvent::Page(p) => image.as_mut().unwrap().write(p.block, p.page, p.content).unwrap(),
+            PrecopyEvent::Page(p) => {
+                let (codec, payload) = match p.content {
+                    Some(content) => (Codec::Raw, &content[..]),
+                    None => (Codec::Zero, &[][..]),
+                };
+                let record = Record { block: p.block, page: p.page, codec, payload };
+                image.as_mut().unwrap().apply(&record).unwrap();
+            }
             _ => (),
         }
     }

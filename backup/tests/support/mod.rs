@@ -5,7 +5,7 @@
 pub mod daemon;
 
 use bytes::Bytes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -22,6 +22,7 @@ use understudy_backup::promoter::{
 };
 use understudy_backup::server::Sockets;
 use understudy_backup::shared::{SharedFile, SharedMemory};
+use understudy_proto::codec::PageEncoder;
 use understudy_proto::control::{self, ControlFile};
 use understudy_proto::digest::Digest;
 use understudy_proto::epoch::{EpochKind, EpochManifest};
@@ -374,6 +375,16 @@ pub fn page(block: u16, index: u64, fill: u8) -> Page {
     (block, index, (fill != 0).then(|| Box::new([fill; PAGE_BYTES])))
 }
 
+/// A page of ones in which `fill` bytes differ, or one of zeros: one edit away from all others.
+pub fn edited(block: u16, index: u64, fill: u8) -> Page {
+    let (block, index, content) = page(block, index, fill.min(1));
+    let content = content.map(|mut content| {
+        content[1000..].iter_mut().take(usize::from(fill)).for_each(|byte| *byte = fill);
+        content
+    });
+    (block, index, content)
+}
+
 /// An epoch as it is sent.
 #[derive(Clone)]
 pub struct Epoch {
@@ -386,11 +397,44 @@ pub struct Epoch {
 }
 
 impl Epoch {
+    /// With zero and raw pages only.
     pub fn new(at: EpochRef, kind: EpochKind, layout: &MemoryLayout, pages: &[Page], device: &[u8]) -> Self {
-        let mut builder = FrameBuilder::new();
-        let mut frames = Vec::new();
+        Self::built(FrameBuilder::new(), at, kind, layout, pages, device, None, false)
+    }
+
+    /// With every codec; in a delta the first record of a page refers to `before`, what the backup has committed.
+    pub fn coded(
+        at: EpochRef,
+        kind: EpochKind,
+        layout: &MemoryLayout,
+        pages: &[Page],
+        device: &[u8],
+        before: &Model,
+        batched: bool,
+    ) -> Self {
+        let builder = if batched { FrameBuilder::batched() } else { FrameBuilder::new() };
+        let before = (kind == EpochKind::Delta).then_some(before);
+        Self::built(builder, at, kind, layout, pages, device, before, true)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn built(
+        mut builder: FrameBuilder,
+        at: EpochRef,
+        kind: EpochKind,
+        layout: &MemoryLayout,
+        pages: &[Page],
+        device: &[u8],
+        before: Option<&Model>,
+        lz4: bool,
+    ) -> Self {
+        let (mut encoder, mut seen, mut frames) = (PageEncoder::new(), BTreeSet::new(), Vec::new());
         for (block, index, content) in pages {
-            frames.extend(builder.push(BlockIndex(*block), PageIndex::new(*index), content.as_deref()));
+            let before =
+                before.filter(|_| seen.insert((block, index))).map(|model| model.page(*block, *index));
+            let encoded = encoder.encode(content.as_deref(), before.as_deref(), lz4);
+            let (block, index) = (BlockIndex(*block), PageIndex::new(*index));
+            frames.extend(builder.push_encoded(block, index, content.as_deref(), encoded));
         }
         let (last, totals) = builder.finish();
         frames.extend(last);
@@ -447,6 +491,11 @@ impl Model {
             self.blocks.get_mut(block).unwrap()[from..from + PAGE_BYTES]
                 .copy_from_slice(content.as_deref().unwrap_or(&[0; PAGE_BYTES]));
         }
+    }
+
+    pub fn page(&self, block: u16, index: u64) -> Box<PageData> {
+        let from = index as usize * PAGE_BYTES;
+        Box::new(self.blocks[&block][from..from + PAGE_BYTES].try_into().unwrap())
     }
 
     pub fn content(&self, at: EpochRef, device: &[u8]) -> Content {

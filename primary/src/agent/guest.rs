@@ -19,6 +19,7 @@ use super::output::{Gate, Output};
 use super::stall::Pulse;
 use crate::capture::CheckpointSource;
 use crate::egress::SharedKeeper;
+use crate::encode::{Encoder, Encoding};
 use crate::engine::{Command, Engine, Event, Outcome, OutcomeKind, Settings};
 use crate::replicate::{self, EpochSink, FullProgress, Replicator, feed};
 use crate::stats::Stats;
@@ -53,6 +54,8 @@ pub struct Plan {
     pub barrier: Barrier,
     /// What becomes of the guest's output.
     pub output: Output,
+    /// How its pages are encoded.
+    pub encoding: Encoding,
 }
 
 impl std::fmt::Debug for Plan {
@@ -121,6 +124,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     let (reports_in, reports) = mpsc::channel(64);
     let (replicator, orders) = Replicator::new(plan.to.clone(), replicator, reports_in);
     let sent_bytes = replicator.sent_bytes();
+    let encoder = Encoder::start(&name, plan.encoding, replicator.link_meter())?;
     let span = info_span!("guest", domain = name, generation = %plan.settings.generation);
     let stream = tokio::spawn(replicator.run().instrument(span.clone()));
 
@@ -146,6 +150,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
         snapshots,
         stats: Stats::default(),
         sent_bytes,
+        encoder,
         progress: Arc::default(),
         memory_bytes: MEMORY_BYTES_UNKNOWN,
         committed_at: None,
@@ -196,6 +201,7 @@ pub(super) struct Guest {
     snapshots: watch::Sender<Snapshot>,
     stats: Stats,
     sent_bytes: Arc<AtomicU64>,
+    encoder: Encoder,
     progress: Arc<FullProgress>,
     memory_bytes: u64,
     committed_at: Option<Instant>,
@@ -307,7 +313,10 @@ impl Guest {
 
     async fn stream_report(&mut self, report: replicate::Report) {
         let event = match report {
-            replicate::Report::Connected(session, ack) => Event::Connected { session, ack },
+            replicate::Report::Connected(session, ack) => {
+                self.encoder.agreed(&ack.agreement);
+                Event::Connected { session, ack }
+            }
             replicate::Report::Disconnected(session, reason) => Event::Disconnected { session, reason },
             replicate::Report::Refused(session, refused) => Event::Refused { session, refused },
             replicate::Report::Acked(session, at) => {
@@ -415,7 +424,8 @@ impl Guest {
             self.progress = Arc::new(FullProgress::default());
             self.stats.last_full = Some(epoch);
         }
-        let (sink, feed) = feed(self.generation, epoch, kind, self.memory_bytes, Arc::clone(&self.progress));
+        let (progress, encoding) = (Arc::clone(&self.progress), self.encoder.for_epoch());
+        let (sink, feed) = feed(self.generation, epoch, kind, self.memory_bytes, progress, encoding);
         self.order(replicate::Order::Feed(feed)).await;
         sink
     }
@@ -495,6 +505,7 @@ impl Guest {
             status.dirty_pages_p99 = pages.map(|(_, p99)| p99);
             status.epoch_ms = u32::try_from(self.epoch.as_millis()).ok();
             status.bytes_total = self.sent_bytes.load(Ordering::Relaxed);
+            status.encoding = Some(self.encoder.report());
             snapshot.committed_at = self.committed_at;
             snapshot.percent = copying.then(|| self.progress.percent());
             if last {

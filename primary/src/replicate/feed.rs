@@ -5,16 +5,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
+use understudy_proto::codec::CodecSet;
 use understudy_proto::digest::Digest;
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::frame::{FrameBuilder, FrameTotals};
 use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::layout::MemoryLayout;
 use understudy_proto::limits::FRAME_TARGET_BYTES;
-use understudy_proto::rpc::epoch::{Begin, DevicePiece, Pages, PrimaryMessage, Seed};
+use understudy_proto::rpc::epoch::{Begin, DevicePiece, EpochRef, Pages, PrimaryMessage, Seed};
 use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex};
 
 use crate::capture::{PageSink, SinkClosed};
+use crate::encode::thread::{EncodeThread, Job};
 
 /// Frames of a full copy between capture and stream. Beyond them the capture waits, which slows QEMU's copy down.
 const FULL_FRAMES: usize = 16;
@@ -22,12 +24,20 @@ const FULL_FRAMES: usize = 16;
 /// Frames of a delta beyond what all of memory takes: header bytes, the open frame, seed and end.
 const SPARE_FRAMES: usize = 64;
 
+/// Encoded frames that wait for the stream. The thread that encodes may wait, the capture behind it does not.
+const ENCODED_FRAMES: usize = 8;
+
 /// A piece of an epoch, in order.
 #[derive(Debug)]
-pub(super) enum Part {
+pub(crate) enum Part {
     Seed(Box<Seed>),
     Frame(Bytes),
-    End { device: Bytes, totals: FrameTotals },
+    End {
+        device: Bytes,
+        totals: FrameTotals,
+    },
+    /// The epoch was captured, or is being captured, and cannot be sent.
+    Fault(String),
 }
 
 /// An epoch on its way out of the capture. If it breaks off before its end the epoch was given up.
@@ -54,13 +64,14 @@ impl FullProgress {
 }
 
 /// Makes the two ends of an epoch's way. A delta of a guest with `memory_bytes` never waits in the sink: QEMU may be
-/// holding the guest while it is read.
+/// holding the guest while it is read. With `encoding` the epoch goes through that thread, which may use these codecs.
 pub fn feed(
     generation: Generation,
     epoch: EpochId,
     kind: EpochKind,
     memory_bytes: u64,
     progress: Arc<FullProgress>,
+    encoding: Option<(&EncodeThread, CodecSet)>,
 ) -> (EpochSink, Feed) {
     let frames = match kind {
         EpochKind::Full => FULL_FRAMES,
@@ -73,6 +84,17 @@ pub fn feed(
     let (parts_in, parts) = mpsc::channel(frames);
     let sink =
         EpochSink { builder: FrameBuilder::new(), parts: parts_in, domain_xml: String::new(), progress };
+    let parts = match encoding {
+        Some((thread, codecs)) => {
+            let (to, encoded) = mpsc::channel(ENCODED_FRAMES);
+            match thread.encode(Job { generation, epoch, kind, codecs, from: parts, to }) {
+                Ok(()) => encoded,
+                // Without the thread it goes as it is.
+                Err(job) => job.from,
+            }
+        }
+        None => parts,
+    };
     (sink, Feed { messages: EpochMessages { generation, epoch, kind }, parts })
 }
 
@@ -146,9 +168,16 @@ impl EpochMessages {
         PrimaryMessage::Begin(Begin { generation: self.generation, epoch: self.epoch, kind: self.kind })
     }
 
+    /// The epoch.
+    pub(super) fn at(&self) -> EpochRef {
+        EpochRef { generation: self.generation, epoch: self.epoch }
+    }
+
+    /// The messages of a part; none of a fault.
     pub(super) fn of(&self, part: Part) -> Vec<PrimaryMessage> {
         let epoch = self.epoch;
         match part {
+            Part::Fault(_) => Vec::new(),
             Part::Seed(seed) => vec![PrimaryMessage::Seed(*seed), self.begin_message()],
             Part::Frame(frame) => vec![PrimaryMessage::Pages(Pages { epoch, frame })],
             Part::End { device, totals } => {

@@ -5,6 +5,7 @@
 //! and reports what the backup says. It decides nothing: when to connect, resend or forget is the engine's business.
 
 mod feed;
+mod meter;
 mod stream;
 
 use std::collections::VecDeque;
@@ -17,12 +18,17 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 use understudy_proto::epoch::EpochKind;
 use understudy_proto::rpc::epoch::{
-    BackupMessage, EpochRef, GoodbyeReason, Hello, HelloAck, PrimaryMessage, Refused, Reject, Standby,
+    BackupMessage, EpochRef, GoodbyeReason, Hello, HelloAck, PrimaryMessage, Refused, Reject, RejectCode,
+    Standby,
 };
 
-use feed::{EpochMessages, Part};
+use feed::EpochMessages;
+pub(crate) use feed::Part;
 pub use feed::{EpochSink, Feed, FullProgress, feed};
+use meter::Meter;
 use stream::{Live, Opening, SILENCE_LIMIT};
+
+use crate::encode::LinkMeter;
 
 /// How often a sign of life is sent.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
@@ -85,9 +91,12 @@ pub struct Replicator {
     feed: Option<(EpochMessages, mpsc::Receiver<Part>)>,
     /// The unacknowledged delta, as far as it is captured.
     kept: Vec<PrimaryMessage>,
+    /// Why the epoch at hand will never be whole, if it will not.
+    broken: Option<Reject>,
     /// What the stream at hand has not taken yet.
     queue: VecDeque<PrimaryMessage>,
     heartbeats: u64,
+    meter: Meter,
 }
 
 impl std::fmt::Debug for Replicator {
@@ -125,8 +134,10 @@ impl Replicator {
             live: None,
             feed: None,
             kept: Vec::new(),
+            broken: None,
             queue: VecDeque::new(),
             heartbeats: 0,
+            meter: Meter::default(),
         };
         (replicator, orders_in)
     }
@@ -134,6 +145,11 @@ impl Replicator {
     /// Counts bytes of frames and device buffers handed to streams.
     pub fn sent_bytes(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.sent_bytes)
+    }
+
+    /// What the link does with acknowledged epochs.
+    pub fn link_meter(&self) -> Arc<LinkMeter> {
+        self.meter.link()
     }
 
     /// Runs until it is told to close, or nobody is left to tell it anything.
@@ -145,11 +161,11 @@ impl Replicator {
             match turn {
                 Turn::Order(None) => return,
                 Turn::Order(Some(Order::Close(goodbye))) => return self.close(goodbye).await,
-                Turn::Order(Some(order)) => self.order(order),
+                Turn::Order(Some(order)) => self.order(order).await,
                 Turn::Opened(result) => self.opened(result).await,
                 Turn::Room(true) => self.send_next(),
                 Turn::Room(false) => self.lost("the stream was closed".to_owned()).await,
-                Turn::Part(part) => self.part(part),
+                Turn::Part(part) => self.part(part).await,
                 Turn::Message(Some(Ok(message))) => self.message(message).await,
                 Turn::Message(Some(Err(reason))) => self.lost(reason).await,
                 Turn::Message(None) => self.lost("the backup ended the stream".to_owned()).await,
@@ -193,7 +209,7 @@ impl Replicator {
         }
     }
 
-    fn order(&mut self, order: Order) {
+    async fn order(&mut self, order: Order) {
         match order {
             Order::Connect { session, after } => {
                 self.live = None;
@@ -203,6 +219,7 @@ impl Replicator {
             }
             Order::Feed(feed) => {
                 self.forget();
+                self.meter.begin();
                 let live = self.live.as_ref().is_some_and(|live| live.accepted);
                 // A full copy is not kept, so without a stream it would be for nothing: its sink sees it closed.
                 if live || feed.messages.kind == EpochKind::Delta {
@@ -213,6 +230,7 @@ impl Replicator {
                     }
                 }
             }
+            Order::Resend if self.broken.is_some() => self.tell_broken().await,
             Order::Resend => {
                 info!(messages = self.kept.len(), "sending the unacknowledged epoch again");
                 self.queue.extend(self.kept.iter().cloned());
@@ -225,7 +243,17 @@ impl Replicator {
     fn forget(&mut self) {
         self.feed = None;
         self.kept.clear();
+        self.broken = None;
         self.queue.clear();
+    }
+
+    /// An epoch that cannot be sent is as good as one that the backup has dropped. Without a stream the engine asks for it
+    /// again when there is one, and hears it then.
+    async fn tell_broken(&mut self) {
+        let session = self.live.as_ref().filter(|live| live.accepted).map(|live| live.session);
+        if let (Some(session), Some(reject)) = (session, self.broken.clone()) {
+            self.report(Report::Rejected(session, reject)).await;
+        }
     }
 
     fn queue_message(&mut self, message: PrimaryMessage) {
@@ -235,16 +263,23 @@ impl Replicator {
         }
         if self.live.as_ref().is_some_and(|live| live.accepted) {
             self.queue.push_back(message);
+            self.meter.waits(Instant::now());
         }
     }
 
-    fn part(&mut self, part: Option<Part>) {
+    async fn part(&mut self, part: Option<Part>) {
         let Some((messages, _)) = &mut self.feed else { return };
         let Some(part) = part else {
             // Ended, or given up by the capture: then the engine says what becomes of it.
             self.feed = None;
             return;
         };
+        if let Part::Fault(text) = part {
+            warn!(epoch = %messages.at().epoch, text, "the epoch cannot be sent");
+            self.broken = Some(Reject { at: messages.at(), code: RejectCode::Internal, text });
+            self.feed = None;
+            return self.tell_broken().await;
+        }
         let complete = matches!(part, Part::End { .. });
         for message in messages.of(part) {
             self.queue_message(message);
@@ -264,6 +299,7 @@ impl Replicator {
         // There was room a moment ago, and nobody else sends.
         if live.outbound.try_send(message).is_ok() {
             self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+            self.meter.sent(bytes as u64, self.queue.is_empty(), Instant::now());
         }
     }
 
@@ -296,7 +332,10 @@ impl Replicator {
                 self.lost(format!("the backup answered {message:?} before accepting the stream")).await;
             }
             BackupMessage::HelloAck(_) => self.lost("the backup accepted the stream twice".to_owned()).await,
-            BackupMessage::Ack(at) => self.report(Report::Acked(session, at)).await,
+            BackupMessage::Ack(at) => {
+                self.meter.acknowledged(Instant::now());
+                self.report(Report::Acked(session, at)).await;
+            }
             BackupMessage::Reject(reject) => {
                 warn!(epoch = %reject.at.epoch, code = ?reject.code, text = reject.text, "epoch rejected");
                 self.report(Report::Rejected(session, reject)).await;

@@ -8,6 +8,8 @@ use bytes::BytesMut;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
+use understudy_proto::ProtocolError;
+use understudy_proto::codec;
 use understudy_proto::digest::{Digest, PagesDigest};
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::frame::FrameReader;
@@ -19,6 +21,7 @@ use understudy_proto::rpc::epoch::{
     Refused, Reject, RejectCode,
 };
 use understudy_proto::rpc::{EpochService, Failure, Inbound, Outbound, async_trait, epoch_routes, transport};
+use understudy_proto::units::PAGE_BYTES;
 
 use super::GENERATION;
 use super::guest::Memory;
@@ -223,13 +226,15 @@ impl StubBackup {
                     let layout = layout.get_or_insert_with(fake_layout);
                     open.frames += 1;
                     open.frame_bytes += pages.frame.len() as u64;
-                    for record in FrameReader::new(&pages.frame, layout).expect("a frame") {
-                        let record = record.expect("a record");
+                    let read = FrameReader::new().read::<ProtocolError>(&pages.frame, layout, |record| {
+                        let mut scratch = [0; PAGE_BYTES];
+                        let content = codec::decode(&record, None, &mut scratch)?;
                         open.pages += 1;
-                        open.digest.update(record.block, record.page, record.content);
-                        open.memory
-                            .insert(record.page.get(), record.content.map_or(0, |content| content[4095]));
-                    }
+                        open.digest.update(record.block, record.page, content);
+                        open.memory.insert(record.page.get(), content.map_or(0, |content| content[4095]));
+                        Ok(())
+                    });
+                    read.expect("a frame");
                     None
                 }
                 PrimaryMessage::Device(piece) => {

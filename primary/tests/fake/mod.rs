@@ -12,6 +12,7 @@ pub(crate) use backup::StubBackup;
 pub(crate) use guest::{DIRTY_PAGES, FakeGuest};
 pub(crate) use output::FakeGate;
 use understudy_primary::agent::{self, Handle, Output, Plan, Wish};
+use understudy_primary::encode::{Compress, Encoding};
 use understudy_primary::engine::{Outcome, Settings};
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::Offer;
@@ -56,6 +57,8 @@ pub(crate) async fn start_with(guest: &FakeGuest, backup: &StubBackup, output: O
         source: Box::new(guest.source()),
         barrier: guest.barrier(),
         output,
+        // The fake backup has no image to take differences from.
+        encoding: Encoding { compress: Compress::Off, cache_bytes: 0 },
     };
     agent::start(plan).await.expect("starts")
 }

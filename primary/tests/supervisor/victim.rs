@@ -178,6 +178,12 @@ fn die() {
     }
 }
 
+fn hang() {
+    kill_process(getpid(), Signal::STOP).unwrap();
+    // Another thread may take the signal first: this one must not let the guest run before it is stopped as well.
+    std::thread::sleep(Duration::from_secs(1));
+}
+
 fn die_in(microseconds: u64) {
     std::thread::spawn(move || {
         std::thread::sleep(Duration::from_micros(microseconds));
@@ -263,7 +269,7 @@ fn checkpoint(
     let mut barrier = || {
         match death {
             Death::Barrier(at) if at == epoch => die(),
-            Death::Hang(at) if at == epoch => kill_process(getpid(), Signal::STOP).unwrap(),
+            Death::Hang(at) if at == epoch => hang(),
             Death::Slow(_) => std::thread::sleep(Duration::from_millis(60)),
             _ => {}
         }

@@ -139,6 +139,38 @@ pub struct GuestStatus {
     /// Frames that found the output gate full. Absent: no output gate.
     #[prost(uint64, optional, tag = "42")]
     pub output_dropped_total: ::core::option::Option<u64>,
+    /// How its pages are encoded. Absent: this agent encodes none.
+    #[prost(message, optional, tag = "30")]
+    pub encoding: ::core::option::Option<EncodingReport>,
+}
+/// How the pages of a guest are encoded; counts are since its protection began.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EncodingReport {
+    /// As the agent was told: `off`, `auto`, `always`.
+    #[prost(string, tag = "1")]
+    pub mode: ::prost::alloc::string::String,
+    /// What is done now, for people. Empty: no epoch yet.
+    #[prost(string, tag = "2")]
+    pub plan: ::prost::alloc::string::String,
+    /// Why, for people.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+    /// Bytes of page frames as captured, and as sent.
+    #[prost(uint64, tag = "4")]
+    pub raw_bytes: u64,
+    #[prost(uint64, tag = "5")]
+    pub sent_bytes: u64,
+    /// Memory of the page cache.
+    #[prost(uint64, tag = "6")]
+    pub cache_bytes: u64,
+    /// First writes of an epoch that found the page in the cache, and those that did not.
+    #[prost(uint64, tag = "7")]
+    pub cache_hits: u64,
+    #[prost(uint64, tag = "8")]
+    pub cache_misses: u64,
+    /// Pages by codec, of epochs that were encoded; for people.
+    #[prost(string, tag = "9")]
+    pub pages: ::prost::alloc::string::String,
 }
 /// Times are microseconds.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -188,6 +188,8 @@ pub struct GuestStatus {
     pub output_waiting_bytes: Option<u64>,
     /// Frames that found the output gate full.
     pub output_dropped_total: Option<u64>,
+    /// How its pages are encoded, where this agent does that.
+    pub encoding: Option<EncodingReport>,
 }
 
 impl GuestStatus {
@@ -218,6 +220,47 @@ impl GuestStatus {
             output: String::new(),
             output_waiting_bytes: None,
             output_dropped_total: None,
+            encoding: None,
+        }
+    }
+}
+
+/// How the pages of a guest are encoded; counts are since its protection began.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct EncodingReport {
+    /// As the agent was told: `off`, `auto`, `always`.
+    pub mode: String,
+    /// What is done now, for people; empty before the first epoch.
+    pub plan: String,
+    /// Why, for people.
+    pub reason: String,
+    /// Bytes of page frames as captured.
+    pub raw_bytes: u64,
+    /// Bytes of page frames as sent.
+    pub sent_bytes: u64,
+    /// Raw bytes to each byte sent; `None` before the first.
+    pub ratio: Option<f64>,
+    /// Bytes the page cache takes.
+    pub cache_bytes: u64,
+    /// First writes of an epoch that found the page in the cache.
+    pub cache_hits: u64,
+    /// Those that did not.
+    pub cache_misses: u64,
+    /// Hits to each of these writes, 0 to 1; `None` before the first.
+    pub cache_hit_rate: Option<f64>,
+    /// Pages by codec, of epochs that were encoded; for people.
+    pub pages: String,
+}
+
+impl EncodingReport {
+    /// With `ratio` and `cache_hit_rate` from the counts; they do not travel.
+    #[must_use]
+    pub fn with_rates(self) -> Self {
+        let rate = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
+        Self {
+            ratio: rate(self.raw_bytes, self.sent_bytes),
+            cache_hit_rate: rate(self.cache_hits, self.cache_hits.saturating_add(self.cache_misses)),
+            ..self
         }
     }
 }

@@ -203,6 +203,7 @@ impl TryFrom<wire::GuestStatus> for domain::GuestStatus {
             output: text("output", m.output)?,
             output_waiting_bytes: m.output_waiting_bytes,
             output_dropped_total: m.output_dropped_total,
+            encoding: m.encoding.map(TryInto::try_into).transpose()?,
         })
     }
 }
@@ -234,6 +235,43 @@ impl From<domain::GuestStatus> for wire::GuestStatus {
             output: shortened(m.output),
             output_waiting_bytes: m.output_waiting_bytes,
             output_dropped_total: m.output_dropped_total,
+            encoding: m.encoding.map(Into::into),
+        }
+    }
+}
+
+impl TryFrom<wire::EncodingReport> for domain::EncodingReport {
+    type Error = ProtocolError;
+
+    fn try_from(m: wire::EncodingReport) -> Result<Self, ProtocolError> {
+        let report = Self {
+            mode: text("encoding mode", m.mode)?,
+            plan: text("encoding plan", m.plan)?,
+            reason: text("reason of the encoding", m.reason)?,
+            raw_bytes: m.raw_bytes,
+            sent_bytes: m.sent_bytes,
+            cache_bytes: m.cache_bytes,
+            cache_hits: m.cache_hits,
+            cache_misses: m.cache_misses,
+            pages: text("pages by codec", m.pages)?,
+            ..Self::default()
+        };
+        Ok(report.with_rates())
+    }
+}
+
+impl From<domain::EncodingReport> for wire::EncodingReport {
+    fn from(m: domain::EncodingReport) -> Self {
+        Self {
+            mode: m.mode,
+            plan: m.plan,
+            reason: shortened(m.reason),
+            raw_bytes: m.raw_bytes,
+            sent_bytes: m.sent_bytes,
+            cache_bytes: m.cache_bytes,
+            cache_hits: m.cache_hits,
+            cache_misses: m.cache_misses,
+            pages: shortened(m.pages),
         }
     }
 }

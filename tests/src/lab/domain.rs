@@ -40,7 +40,8 @@ impl GuestSpec {
         }
     }
 
-    /// The domain's XML. No USB, and no graphics unless asked for: what this guest has not cannot slow it down.
+    /// The domain's XML. No USB, and no graphics unless asked for: what this guest has not cannot slow it down, nor can
+    /// what its kernel does not look for.
     pub(crate) fn xml(&self, lab: &LabDir) -> String {
         let Self { name, machine, vcpus, memory_mib, kind, huge_pages, video, extra_devices } = self;
         let backing = if *huge_pages { "<memoryBacking><hugepages/></memoryBacking>" } else { "" };
@@ -59,7 +60,7 @@ impl GuestSpec {
     <type arch='x86_64' machine='{machine}'>hvm</type>
     <kernel>{files}/vmlinuz</kernel>
     <initrd>{files}/initramfs.img</initrd>
-    <cmdline>console=ttyS0 quiet us.name={name} us.address={address}/24</cmdline>
+    <cmdline>console=ttyS0 quiet mitigations=off i8042.noaux i8042.nokbd 8250.nr_uarts=1 us.name={name} us.address={address}/24</cmdline>
   </os>
   <features><acpi/><apic/></features>
   {cpu}

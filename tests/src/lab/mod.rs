@@ -176,10 +176,13 @@ impl Lab {
 
     /// Switches a host on if it is off, and waits until it is ready.
     pub(crate) fn ensure_up(&self, host: HostName, steps: &Steps) -> Result<()> {
-        if !self.ask(&Request::Status)?.powered.contains_key(&host) {
-            self.power_on(host)?;
-        }
+        self.ensure_on(host)?;
         self.wait_ready(host, steps)
+    }
+
+    /// Gives a host power unless it has it.
+    pub(crate) fn ensure_on(&self, host: HostName) -> Result<()> {
+        if self.ask(&Request::Status)?.powered.contains_key(&host) { Ok(()) } else { self.power_on(host) }
     }
 
     /// Hosts that ended by themselves, and those that have power but do not even run `true`, over a network that is

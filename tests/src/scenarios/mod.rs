@@ -116,20 +116,25 @@ pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
 }
 
 /// On emulated hosts a scenario that fails begins again, loudly, [`ATTEMPTS`] times at most and no more than
-/// [`REPEATS`] times in a run: the emulated KVM now and then has the host's kernel panic, its processors spin or a guest
+/// [`REPEATS`] times in a run, on hosts that are switched on anew: the emulated KVM now and then has the host's kernel panic, its processors spin or a guest
 /// reset itself, which is not the doing of what runs in it. A failure that comes again is a failure, and on hosts with
 /// a KVM of the machine's own every one is.
 fn repeated(lab: &Lab, repeats: &Cell<u32>, scenario: fn(&Lab) -> Result<()>) -> Result<()> {
     let mut attempt = 1;
     loop {
         let Err(error) = play_once(lab, scenario) else { return Ok(()) };
-        if !lab.is_emulated()? || attempt == ATTEMPTS || repeats.get() == REPEATS {
+        if !lab.is_emulated()? {
+            return Err(error);
+        }
+        let fallen = lab.fallen_hosts()?;
+        // One that runs `true` may still have a libvirt that never answers again.
+        HostName::ALL.into_iter().try_for_each(|host| lab.ensure_off(host))?;
+        if attempt == ATTEMPTS || repeats.get() == REPEATS {
             return Err(error);
         }
         println!("    attempt {attempt} failed, and the hosts are emulated: it begins again. {error:#}");
-        for (host, how) in lab.fallen_hosts()? {
+        for (host, how) in fallen {
             println!("    the emulated host {host} {how}");
-            lab.ensure_off(host)?;
         }
         repeats.set(repeats.get() + 1);
         attempt += 1;
@@ -180,6 +185,8 @@ fn clear(lab: &Lab) -> Result<()> {
     for net in [Net::Lan, Net::Repl] {
         lab.heal(Link { net, host: None })?;
     }
+    // They boot side by side.
+    HostName::ALL.into_iter().try_for_each(|host| lab.ensure_on(host))?;
     for host in HostName::ALL {
         up(lab, host)?;
     }

@@ -26,6 +26,7 @@ use understudy_backup::guest::Tools;
 use understudy_backup::image::AnonymousMemory;
 use understudy_primary::agent::{self, Output, Plan};
 use understudy_primary::capture::micro::{DirtyTracking, MicroSource, MicroVm, Shape, program, unusable};
+use understudy_primary::encode::{Compress, Encoding};
 use understudy_primary::engine::Settings;
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::Offer;
@@ -258,6 +259,11 @@ fn protect_and_kill(
         output: Output::Ungated,
         host,
         source: Box::new(MicroSource::new(guest.vm.clone()).unwrap()),
+        // Loopback is too fast for the governor to find anything worthwhile: every codec, and the shipped choice.
+        encoding: Encoding {
+            compress: if generation.0.is_multiple_of(3) { Compress::Auto } else { Compress::Always },
+            cache_bytes: 4 << 20,
+        },
     };
     let primary = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     primary.block_on(async {

@@ -1,0 +1,387 @@
+//! What the backup has of the pages a guest writes again and again: what differences are taken from.
+//!
+//! **The rule.** A page here is given as known only if it is what the backup will have applied when it decodes the epoch
+//! at hand: the content of an epoch before this one, in an unbroken row of deltas. [`PageCache::begin`] forgets
+//! everything else, and a page is known at most once an epoch, at its first record.
+//!
+//! Pages beyond the budget are admitted at their second write (a table of fingerprints remembers the first), and make
+//! place for each other by second chance: a page goes when the hand comes by and it was not written since the hand came
+//! by before. So a scan through memory does not push out what is rewritten every epoch.
+
+use std::collections::HashMap;
+
+use understudy_proto::epoch::EpochKind;
+use understudy_proto::ids::{EpochId, Generation};
+use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex};
+
+/// Pages allocated at a time.
+const SLAB_PAGES: usize = 256;
+
+/// What a page costs beside its content: its entries in the index, in the clock, and two fingerprints.
+const OVERHEAD_BYTES: usize = 96;
+
+/// A page on a page's border: vector loads then never cross one.
+#[derive(Clone)]
+#[repr(align(4096))]
+struct Aligned(PageData);
+
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    key: u64,
+    /// Number of the epoch in which it was last written.
+    epoch: u64,
+    written_since_hand: bool,
+}
+
+/// Counters since the cache was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheCounters {
+    /// First writes of an epoch that found the page as the backup has it.
+    pub hits: u64,
+    /// Those that did not.
+    pub misses: u64,
+    /// Pages that had to go for others.
+    pub evicted: u64,
+}
+
+/// What is known of a page that is written.
+pub enum Known<'a> {
+    /// The backup has this, and the page has not been sent in this epoch. To be replaced by the new content.
+    Before(&'a mut PageData),
+    /// A place for the new content; what is in it says nothing.
+    Place(&'a mut PageData),
+    /// Neither.
+    Nothing,
+}
+
+impl std::fmt::Debug for Known<'_> {
+    /// Leaves the guest's bytes out.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Before(_) => "Before",
+            Self::Place(_) => "Place",
+            Self::Nothing => "Nothing",
+        })
+    }
+}
+
+/// The cache of one guest.
+pub struct PageCache {
+    max_pages: usize,
+    slabs: Vec<Box<[Aligned]>>,
+    slots: Vec<Slot>,
+    index: HashMap<u64, u32>,
+    /// Fingerprints of pages seen once: the key, or `u64::MAX`.
+    seen_once: Vec<u64>,
+    hand: usize,
+    /// What is held belongs to the end of this epoch; `None` if to no epoch's.
+    sealed: Option<(Generation, EpochId)>,
+    open: Option<(Generation, EpochId)>,
+    counters: CacheCounters,
+}
+
+impl std::fmt::Debug for PageCache {
+    /// Leaves the guest's bytes out.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PageCache")
+            .field("pages", &self.slots.len())
+            .field("max_pages", &self.max_pages)
+            .field("counters", &self.counters)
+            .finish_non_exhaustive()
+    }
+}
+
+impl PageCache {
+    /// A cache of at most so many bytes, all it needs included.
+    pub fn new(budget_bytes: usize) -> Self {
+        Self {
+            max_pages: budget_bytes / (PAGE_BYTES + OVERHEAD_BYTES) / SLAB_PAGES * SLAB_PAGES,
+            slabs: Vec::new(),
+            slots: Vec::new(),
+            index: HashMap::new(),
+            seen_once: Vec::new(),
+            hand: 0,
+            sealed: None,
+            open: None,
+            counters: CacheCounters::default(),
+        }
+    }
+
+    /// An epoch begins. Keeps what is held only if the epoch is the delta right behind the one that was sealed.
+    pub fn begin(&mut self, generation: Generation, epoch: EpochId, kind: EpochKind) {
+        let before = epoch.0.checked_sub(1).map(|before| (generation, EpochId(before)));
+        if kind == EpochKind::Full || before.is_none() || self.sealed != before {
+            self.forget();
+        }
+        self.sealed = None;
+        self.open = Some((generation, epoch));
+    }
+
+    /// The epoch is whole: every page of it was looked up and, where it had a place, put there.
+    pub fn seal(&mut self) {
+        self.sealed = self.open.take();
+    }
+
+    /// Forgets all content; keeps the memory.
+    fn forget(&mut self) {
+        self.slots.clear();
+        self.index.clear();
+        self.hand = 0;
+        self.seen_once.fill(u64::MAX);
+    }
+
+    /// Forgets all content and gives the memory back.
+    pub fn release(&mut self) {
+        let (max_pages, counters) = (self.max_pages, self.counters);
+        *self = Self { max_pages, counters, ..Self::new(0) };
+    }
+
+    /// A page is written with something else than zeros.
+    pub fn write(&mut self, block: BlockIndex, page: PageIndex) -> Known<'_> {
+        let (key, epoch) = (key(block, page), self.epoch());
+        if let Some(at) = self.index.get(&key).map(|at| *at as usize) {
+            let Some(slot) = self.slots.get_mut(at) else { return Known::Nothing };
+            let again = std::mem::replace(&mut slot.epoch, epoch) == epoch;
+            slot.written_since_hand = true;
+            if again {
+                return self.page(at).map_or(Known::Nothing, Known::Place);
+            }
+            self.counters.hits += 1;
+            return self.page(at).map_or(Known::Nothing, Known::Before);
+        }
+        self.counters.misses += 1;
+        let slot = Slot { key, epoch, written_since_hand: false };
+        let at = if self.slots.len() < self.max_pages {
+            self.slots.push(slot);
+            self.slots.len() - 1
+        } else if self.max_pages > 0 && self.second_time(key) {
+            let at = self.make_place();
+            self.slots[at] = slot;
+            at
+        } else {
+            return Known::Nothing;
+        };
+        // A cache has fewer pages than 2^32: they would be 16 TiB.
+        self.index.insert(key, u32::try_from(at).unwrap_or(u32::MAX));
+        self.page(at).map_or(Known::Nothing, Known::Place)
+    }
+
+    /// A page becomes zeros.
+    pub fn zero(&mut self, block: BlockIndex, page: PageIndex) {
+        let epoch = self.epoch();
+        let Some(at) = self.index.get(&key(block, page)).map(|at| *at as usize) else { return };
+        if let Some(slot) = self.slots.get_mut(at) {
+            slot.epoch = epoch;
+        }
+        if let Some(page) = self.page(at) {
+            page.fill(0);
+        }
+    }
+
+    /// Counters since the cache was made.
+    pub fn counters(&self) -> CacheCounters {
+        self.counters
+    }
+
+    /// Bytes it takes now.
+    pub fn bytes(&self) -> usize {
+        self.slabs.len() * SLAB_PAGES * (PAGE_BYTES + OVERHEAD_BYTES)
+    }
+
+    /// Epochs are numbered from 0, slots from 1: a slot of before any epoch is of none.
+    fn epoch(&self) -> u64 {
+        self.open.map_or(u64::MAX, |(_, epoch)| epoch.0)
+    }
+
+    fn page(&mut self, at: usize) -> Option<&mut PageData> {
+        while self.slabs.len() <= at / SLAB_PAGES {
+            self.slabs.push(vec![Aligned([0; PAGE_BYTES]); SLAB_PAGES].into());
+        }
+        self.slabs.get_mut(at / SLAB_PAGES)?.get_mut(at % SLAB_PAGES).map(|page| &mut page.0)
+    }
+
+    /// Whether the page was seen before, as far as the table remembers; remembers it.
+    fn second_time(&mut self, key: u64) -> bool {
+        if self.seen_once.is_empty() {
+            self.seen_once = vec![u64::MAX; (2 * self.max_pages).next_power_of_two()];
+        }
+        // The upper bits of the product mix all of the key.
+        let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
+        let at = usize::try_from(mixed).unwrap_or(0) & (self.seen_once.len() - 1);
+        std::mem::replace(&mut self.seen_once[at], key) == key
+    }
+
+    /// The slot that is given up; ends, because the hand takes back every second chance on its way.
+    fn make_place(&mut self) -> usize {
+        loop {
+            let at = self.hand;
+            self.hand = (self.hand + 1) % self.slots.len();
+            let slot = &mut self.slots[at];
+            if !std::mem::take(&mut slot.written_since_hand) {
+                self.index.remove(&slot.key);
+                self.counters.evicted += 1;
+                return at;
+            }
+        }
+    }
+}
+
+/// Both in one number: a block has at most 2^32 pages.
+fn key(block: BlockIndex, page: PageIndex) -> u64 {
+    u64::from(block.0) << 48 | page.get()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GENERATION: Generation = Generation(1);
+    const BLOCK: BlockIndex = BlockIndex(0);
+
+    fn cache(pages: usize) -> PageCache {
+        PageCache::new(pages * (PAGE_BYTES + OVERHEAD_BYTES))
+    }
+
+    /// Writes a page; whether it was known.
+    fn write(cache: &mut PageCache, page: u64, fill: u8) -> Option<u8> {
+        match cache.write(BLOCK, PageIndex::new(page)) {
+            Known::Before(content) => Some(std::mem::replace(content, [fill; PAGE_BYTES])[7]),
+            Known::Place(place) => {
+                place.fill(fill);
+                None
+            }
+            Known::Nothing => None,
+        }
+    }
+
+    fn epoch(cache: &mut PageCache, number: u64, pages: impl IntoIterator<Item = u64>) -> u64 {
+        let hits = cache.counters().hits;
+        cache.begin(GENERATION, EpochId(number), EpochKind::Delta);
+        pages.into_iter().for_each(|page| _ = write(cache, page, 1));
+        cache.seal();
+        cache.counters().hits - hits
+    }
+
+    #[test]
+    fn only_the_delta_behind_the_sealed_one_finds_anything() {
+        type Break = (&'static str, fn(&mut PageCache));
+        let breaks: [Break; 5] = [
+            ("a full copy", |c| c.begin(GENERATION, EpochId(2), EpochKind::Full)),
+            ("a gap", |c| c.begin(GENERATION, EpochId(3), EpochKind::Delta)),
+            ("the same number", |c| c.begin(GENERATION, EpochId(1), EpochKind::Delta)),
+            ("another owner", |c| c.begin(Generation(2), EpochId(2), EpochKind::Delta)),
+            ("an epoch given up", |c| {
+                c.begin(GENERATION, EpochId(2), EpochKind::Delta);
+                c.begin(GENERATION, EpochId(3), EpochKind::Delta);
+            }),
+        ];
+        for (what, breaks) in breaks {
+            let mut cache = cache(SLAB_PAGES);
+            assert_eq!(epoch(&mut cache, 1, 0..10), 0);
+            breaks(&mut cache);
+            assert_eq!(write(&mut cache, 3, 1), None, "{what}");
+        }
+        let mut cache = cache(SLAB_PAGES);
+        epoch(&mut cache, 1, 0..10);
+        assert_eq!(epoch(&mut cache, 2, 0..10), 10);
+    }
+
+    #[test]
+    fn what_is_rewritten_stays_whatever_else_is_written_once() {
+        let mut cache = cache(SLAB_PAGES);
+        let hot = 0..200;
+        epoch(&mut cache, 1, hot.clone());
+        for number in 2..200u64 {
+            let scan = (0..1000).map(|i| 1_000_000 * number + i);
+            let hits = epoch(&mut cache, number, hot.clone().chain(scan));
+            assert_eq!(hits, 200, "epoch {number}");
+        }
+    }
+
+    #[test]
+    fn a_new_working_set_is_admitted_at_its_second_write() {
+        let mut cache = cache(SLAB_PAGES);
+        epoch(&mut cache, 1, 0..256);
+        epoch(&mut cache, 2, 1000..1200);
+        epoch(&mut cache, 3, 1000..1200);
+        let hits = epoch(&mut cache, 4, 1000..1200);
+        // Fingerprints may push each other out.
+        assert!(hits > 150, "{hits}");
+        assert!(cache.bytes() <= SLAB_PAGES * (PAGE_BYTES + OVERHEAD_BYTES));
+    }
+
+    #[test]
+    fn no_budget_is_no_cache() {
+        let mut cache = PageCache::new(0);
+        assert_eq!(epoch(&mut cache, 1, 0..10) + epoch(&mut cache, 2, 0..10), 0);
+        assert_eq!(cache.bytes(), 0);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Write(u64, u8),
+        Zero(u64),
+        Next,
+        GiveUp,
+        Full,
+        Release,
+    }
+
+    proptest! {
+        /// What is given as known is always what a backup that applies whole epochs in order has.
+        #[test]
+        fn known_is_what_the_backup_has(steps in prop::collection::vec(prop_oneof![
+            40 => (0u64..600, any::<u8>()).prop_map(|(page, fill)| Step::Write(page, fill)),
+            4 => (0u64..600).prop_map(Step::Zero),
+            3 => Just(Step::Next),
+            1 => Just(Step::GiveUp),
+            1 => Just(Step::Full),
+            1 => Just(Step::Release),
+        ], 1..3000)) {
+            let mut cache = cache(SLAB_PAGES);
+            let (mut backup, mut staged, mut number) = (BTreeMap::new(), BTreeMap::new(), 1);
+            cache.begin(GENERATION, EpochId(number), EpochKind::Delta);
+            for step in steps {
+                match step {
+                    Step::Write(page, fill) => {
+                        if let Some(known) = write(&mut cache, page, fill) {
+                            prop_assert!(!staged.contains_key(&page), "known twice in an epoch");
+                            prop_assert_eq!(backup.get(&page), Some(&known));
+                        }
+                        staged.insert(page, fill);
+                    }
+                    Step::Zero(page) => {
+                        cache.zero(BLOCK, PageIndex::new(page));
+                        staged.insert(page, 0);
+                    }
+                    Step::Next => {
+                        cache.seal();
+                        backup.append(&mut staged);
+                        number += 1;
+                        cache.begin(GENERATION, EpochId(number), EpochKind::Delta);
+                    }
+                    Step::GiveUp | Step::Full => {
+                        // A full copy follows, in which every page is as it is now; its pages are not looked up.
+                        backup.append(&mut staged);
+                        number += 1;
+                        cache.begin(GENERATION, EpochId(number), EpochKind::Full);
+                        cache.seal();
+                        number += 1;
+                        cache.begin(GENERATION, EpochId(number), EpochKind::Delta);
+                    }
+                    Step::Release => {
+                        cache.seal();
+                        cache.release();
+                        backup.append(&mut staged);
+                        number += 1;
+                        cache.begin(GENERATION, EpochId(number), EpochKind::Delta);
+                    }
+                }
+            }
+        }
+    }
+}

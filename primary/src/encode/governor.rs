@@ -1,0 +1,391 @@
+//! Which encoding finishes an epoch soonest. Pure: it is told what the last epoch was like and says how the next one is
+//! encoded, and why when that changes.
+//!
+//! For every plan it predicts the time from the first page to the backup's answer, from moving averages: what a page of
+//! each class cost in CPU time and bytes under that plan, how many there are, how fast the link is. Encoding and sending
+//! overlap as far as a CPU is free for it; where none is, encoding takes from the guest and counts in full. Averages of
+//! plans that are not in use drift back to what is usual, so that a plan that failed is tried again some day.
+//!
+//! It holds to raw within [`MAX_LOSS`] at once, and otherwise changes only for [`MIN_GAIN`] and not within a number of
+//! epochs that doubles with every change and halves with quiet ones.
+
+use std::time::Duration;
+
+use understudy_proto::codec::CodecSet;
+use understudy_proto::frame::RECORD_HEADER_BYTES;
+use understudy_proto::limits::FRAME_TARGET_BYTES;
+use understudy_proto::units::PAGE_BYTES;
+
+/// A plan predicted to take more than this, relative to raw, is left at once.
+pub const MAX_LOSS: f64 = 1.05;
+
+/// A plan must be predicted to take less than this, relative to the one in use, to replace it.
+pub const MIN_GAIN: f64 = 0.9;
+
+/// Weight of a new value in a moving average.
+const WEIGHT: f64 = 0.2;
+
+/// Weight of what is usual, each epoch, for a plan not in use.
+const DRIFT: f64 = 0.002;
+
+/// A value counts as at most so many times its average: one is a hiccup of the scheduler, several in a row move it.
+const MAX_JUMP: f64 = 4.0;
+
+/// Epochs between two changes, doubled by each change up to the longest.
+const MIN_HOLD: u32 = 8;
+const MAX_HOLD: u32 = 1024;
+
+/// Epochs in which a cache that was just begun fills; what it finds in them says nothing.
+const WARM_UP: u32 = 6;
+
+/// How an epoch is encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Plan {
+    /// As captured. No cache is kept.
+    Raw,
+    /// Pages as LZ4 blocks. No cache is kept.
+    Lz4,
+    /// Known pages by reference, the others raw.
+    Delta,
+    /// Known pages by reference, the others as LZ4 blocks.
+    DeltaLz4,
+    /// Known pages by reference, the others raw, all of it in LZ4 batches.
+    DeltaBatch,
+}
+
+impl Plan {
+    /// All plans.
+    pub const ALL: [Self; 5] = [Self::Raw, Self::Lz4, Self::Delta, Self::DeltaLz4, Self::DeltaBatch];
+
+    /// Whether known pages are sent by reference.
+    pub fn uses_cache(self) -> bool {
+        matches!(self, Self::Delta | Self::DeltaLz4 | Self::DeltaBatch)
+    }
+
+    /// Whether pages are sent as LZ4 blocks.
+    pub fn compresses_pages(self) -> bool {
+        matches!(self, Self::Lz4 | Self::DeltaLz4)
+    }
+
+    /// Whether both sides can do it.
+    pub fn is_allowed(self, codecs: CodecSet) -> bool {
+        let lz4 = matches!(self, Self::Lz4 | Self::DeltaLz4 | Self::DeltaBatch);
+        (codecs.xbzrle || !self.uses_cache()) && (codecs.lz4 || !lz4)
+    }
+
+    /// Its name in logs and status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Lz4 => "lz4",
+            Self::Delta => "xbzrle",
+            Self::DeltaLz4 => "xbzrle, else lz4",
+            Self::DeltaBatch => "xbzrle in lz4 batches",
+        }
+    }
+}
+
+/// Pages of a class, what they became and what that took.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Work {
+    /// Pages, those of zeros not among them.
+    pub pages: u64,
+    /// Bytes of their records.
+    pub bytes: u64,
+    /// Time spent on them.
+    pub time: Duration,
+}
+
+/// An epoch as it was.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Seen {
+    /// How it was encoded.
+    pub plan: Plan,
+    /// Pages that were in the cache.
+    pub known: Work,
+    /// All others.
+    pub fresh: Work,
+    /// Bytes sent and how long the link took for them, until the answer; `None` if that is not known.
+    pub transfer: Option<(u64, Duration)>,
+    /// CPUs of the host that had nothing to do.
+    pub spare_cpus: f64,
+}
+
+/// A change of plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Before.
+    pub from: Plan,
+    /// From now on.
+    pub to: Plan,
+    /// Why, for the log and the status.
+    pub reason: String,
+}
+
+/// A page's cost, on average.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Cost {
+    nanos: f64,
+    bytes: f64,
+}
+
+const RECORD: f64 = (RECORD_HEADER_BYTES + PAGE_BYTES) as f64;
+
+/// What pages cost usually: known first, then others. Measured with the crate's own encoder; see docs/PERFORMANCE.md.
+const USUAL: [[Cost; 2]; 5] = {
+    const fn cost(nanos: f64, share: f64) -> Cost {
+        Cost { nanos, bytes: RECORD * share }
+    }
+    [
+        [cost(60.0, 1.0), cost(60.0, 1.0)],
+        [cost(5000.0, 0.55), cost(5000.0, 0.55)],
+        [cost(900.0, 0.25), cost(500.0, 1.0)],
+        [cost(1700.0, 0.22), cost(5400.0, 0.55)],
+        [cost(1900.0, 0.18), cost(5200.0, 0.55)],
+    ]
+};
+
+/// Usual share of known pages.
+const USUAL_KNOWN: f64 = 0.7;
+
+/// The governor of one guest's encoding.
+#[derive(Debug, Clone)]
+pub struct Governor {
+    plan: Plan,
+    is_fixed: bool,
+    costs: [[Cost; 2]; 5],
+    /// Pages of an epoch.
+    pages: f64,
+    /// Share of pages that the cache knows while it is used.
+    known_share: f64,
+    link: Link,
+    spare_cpus: f64,
+    warm_up: u32,
+    hold: u32,
+    since_change: u32,
+}
+
+impl Default for Governor {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Governor {
+    /// One that knows only what is usual and begins with raw.
+    pub fn new() -> Self {
+        Self {
+            plan: Plan::Raw,
+            is_fixed: false,
+            costs: USUAL,
+            pages: 0.0,
+            known_share: USUAL_KNOWN,
+            link: Link::default(),
+            spare_cpus: 1.0,
+            warm_up: 0,
+            hold: MIN_HOLD,
+            since_change: MIN_HOLD,
+        }
+    }
+
+    /// One that never changes: for measurements.
+    pub fn fixed(plan: Plan) -> Self {
+        Self { plan, is_fixed: true, ..Self::new() }
+    }
+
+    /// The plan of the next epoch.
+    pub fn plan(&self) -> Plan {
+        self.plan
+    }
+
+    /// Measured speed of the link, bytes a second.
+    pub fn link_bytes_per_second(&self) -> Option<f64> {
+        self.link.bytes_per_second()
+    }
+
+    /// Why the plan is what it is, for people.
+    pub fn outlook(&self, codecs: CodecSet) -> String {
+        if self.is_fixed {
+            return "fixed".to_owned();
+        }
+        let Some(speed) = self.link_bytes_per_second() else {
+            return "no epoch was acknowledged yet".to_owned();
+        };
+        let others = Plan::ALL.into_iter().filter(|plan| *plan != self.plan && plan.is_allowed(codecs));
+        let times = others.map(|plan| (plan, self.predicted_seconds(plan)));
+        let (next, time) = times.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((self.plan, f64::NAN));
+        format!(
+            "{:.0} pages an epoch at {:.0} MB/s: {:.2} ms, {:.2} ms by {}",
+            self.pages,
+            speed / 1e6,
+            self.predicted_seconds(self.plan) * 1e3,
+            time * 1e3,
+            next.name(),
+        )
+    }
+
+    /// Takes an epoch in and decides on the next one.
+    pub fn step(&mut self, seen: &Seen, codecs: CodecSet) -> Option<Change> {
+        self.learn(seen);
+        self.since_change = self.since_change.saturating_add(1);
+        if self.since_change.is_multiple_of(16 * self.hold) {
+            self.hold = (self.hold / 2).max(MIN_HOLD);
+        }
+        let raw = self.predicted_seconds(Plan::Raw);
+        let now = self.predicted_seconds(self.plan);
+        let allowed = Plan::ALL.into_iter().filter(|plan| plan.is_allowed(codecs));
+        let times = allowed.map(|plan| (plan, self.predicted_seconds(plan)));
+        let (best, time) = times.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((Plan::Raw, raw));
+        let must = !self.plan.is_allowed(codecs) || now > raw * MAX_LOSS;
+        let may = self.since_change >= self.hold && time < now * MIN_GAIN;
+        if self.is_fixed || best == self.plan || !(must || may) {
+            return None;
+        }
+        let reason = format!(
+            "{:.0} pages an epoch at {:.0} MB/s: {:.2} ms instead of {:.2} ms, raw {:.2} ms",
+            self.pages,
+            self.link.bytes_per_second().unwrap_or_default() / 1e6,
+            time * 1e3,
+            now * 1e3,
+            raw * 1e3,
+        );
+        let change = Change { from: self.plan, to: best, reason };
+        if best.uses_cache() && !self.plan.uses_cache() {
+            self.warm_up = WARM_UP;
+        }
+        self.plan = best;
+        self.since_change = 0;
+        self.hold = (self.hold * 2).min(MAX_HOLD);
+        Some(change)
+    }
+
+    /// Seconds an average epoch takes under a plan, from its first page to the backup's answer.
+    pub fn predicted_seconds(&self, plan: Plan) -> f64 {
+        let known = if plan.uses_cache() { self.known_share } else { 0.0 };
+        let [k, f] = self.costs[plan as usize];
+        let bytes = self.pages * (known * k.bytes + (1.0 - known) * f.bytes);
+        let encode = self.pages * (known * k.nanos + (1.0 - known) * f.nanos) / 1e9;
+        let send = self.link.seconds_per_byte * bytes;
+        // The first frame cannot be sent before it is encoded; behind it both go on at once.
+        let frames = (bytes / FRAME_TARGET_BYTES as f64).max(1.0);
+        let together = encode.max(send) + encode.min(send) / frames;
+        let free = self.spare_cpus.clamp(0.0, 1.0);
+        free * together + (1.0 - free) * (encode + send) + self.link.delay_seconds
+    }
+
+    fn learn(&mut self, seen: &Seen) {
+        let pages = (seen.known.pages + seen.fresh.pages) as f64;
+        if pages > 0.0 {
+            average(&mut self.pages, pages);
+        }
+        if self.plan.uses_cache() && !seen.plan.uses_cache() {
+            // A full copy has emptied the cache.
+            self.warm_up = WARM_UP;
+        }
+        average(&mut self.spare_cpus, seen.spare_cpus);
+        if let Some((bytes, time)) = seen.transfer {
+            self.link.learn(bytes as f64, time.as_secs_f64());
+        }
+        let used = seen.plan as usize;
+        for (class, work) in [seen.known, seen.fresh].iter().enumerate() {
+            if work.pages == 0 {
+                continue;
+            }
+            let cost = &mut self.costs[used][class];
+            let nanos = work.time.as_nanos() as f64 / work.pages as f64;
+            let most = cost.nanos * MAX_JUMP;
+            average(&mut cost.nanos, nanos.min(most));
+            average(&mut cost.bytes, work.bytes as f64 / work.pages as f64);
+        }
+        if seen.plan.uses_cache() && pages > 0.0 {
+            if self.warm_up > 0 {
+                self.warm_up -= 1;
+            } else {
+                average(&mut self.known_share, seen.known.pages as f64 / pages);
+            }
+        }
+        if !seen.plan.uses_cache() {
+            self.known_share += (USUAL_KNOWN - self.known_share) * DRIFT;
+        }
+        for plan in Plan::ALL.into_iter().filter(|plan| *plan != seen.plan) {
+            for (usual, cost) in USUAL[plan as usize].iter().zip(&mut self.costs[plan as usize]) {
+                cost.nanos += (usual.nanos - cost.nanos) * DRIFT;
+                cost.bytes += (usual.bytes - cost.bytes) * DRIFT;
+            }
+        }
+    }
+}
+
+/// The link: a straight line through what was seen, of epochs of different sizes. Where all are of one size, the delay
+/// stays as it was known.
+#[derive(Debug, Clone, Copy, Default)]
+struct Link {
+    /// 0 until measured: then nothing speaks for any work.
+    seconds_per_byte: f64,
+    /// From the last byte to the answer of an empty epoch.
+    delay_seconds: f64,
+    // Sums of newer values with more weight: of 1, bytes, seconds, bytes squared, bytes times seconds.
+    weight: f64,
+    bytes: f64,
+    seconds: f64,
+    bytes_squared: f64,
+    product: f64,
+    /// The last epoch took another time than the line says.
+    was_unusual: bool,
+}
+
+impl Link {
+    /// Part of the mean by which sizes must vary to tell delay from speed.
+    const MIN_VARIATION: f64 = 0.1;
+
+    /// By what factor an epoch must be off the line to be of another link.
+    const MAX_CHANGE: f64 = 2.0;
+
+    fn bytes_per_second(&self) -> Option<f64> {
+        (self.seconds_per_byte > 0.0).then(|| 1.0 / self.seconds_per_byte)
+    }
+
+    fn learn(&mut self, bytes: f64, seconds: f64) {
+        if bytes <= 0.0 {
+            return;
+        }
+        let usual = self.delay_seconds + self.seconds_per_byte * bytes;
+        let is_unusual = seconds > usual * Self::MAX_CHANGE || seconds * Self::MAX_CHANGE < usual;
+        if self.weight > 0.0 && is_unusual {
+            if !std::mem::replace(&mut self.was_unusual, true) {
+                // One is a hiccup; with the next it is another link.
+                return;
+            }
+            *self = Self { delay_seconds: self.delay_seconds, ..Self::default() };
+        }
+        self.was_unusual = false;
+        for (sum, new) in [
+            (&mut self.weight, 1.0),
+            (&mut self.bytes, bytes),
+            (&mut self.seconds, seconds),
+            (&mut self.bytes_squared, bytes * bytes),
+            (&mut self.product, bytes * seconds),
+        ] {
+            average(sum, new);
+        }
+        let (mean_bytes, mean_seconds) = (self.bytes / self.weight, self.seconds / self.weight);
+        let variance = self.bytes_squared / self.weight - mean_bytes * mean_bytes;
+        if variance > (mean_bytes * Self::MIN_VARIATION).powi(2) {
+            let slope = (self.product / self.weight - mean_bytes * mean_seconds) / variance;
+            let delay = mean_seconds - slope * mean_bytes;
+            average(&mut self.delay_seconds, delay.clamp(0.0, mean_seconds));
+        } else {
+            self.delay_seconds -= self.delay_seconds * DRIFT;
+        }
+        let delay = self.delay_seconds.min(mean_seconds);
+        // Never nothing: a link that was measured is known.
+        self.seconds_per_byte = ((mean_seconds - delay) / mean_bytes).max(1e-15);
+    }
+}
+
+fn average(value: &mut f64, new: f64) {
+    *value += (new - *value) * WEIGHT;
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,209 @@
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small and positive")]
+
+use proptest::prelude::*;
+
+use super::*;
+
+const BOTH: CodecSet = CodecSet { xbzrle: true, lz4: true };
+
+/// A guest, a host and a link as they really are.
+#[derive(Debug, Clone)]
+struct World {
+    pages: u64,
+    known_share: f64,
+    costs: [[Cost; 2]; 5],
+    link_bytes_per_second: f64,
+    spare_cpus: f64,
+    /// What measurements are off by, at most.
+    noise: f64,
+    random: u64,
+}
+
+impl World {
+    fn noisy(&mut self, value: f64) -> f64 {
+        self.random =
+            self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let unit = (self.random >> 40) as f64 / (1u64 << 24) as f64;
+        value * (1.0 + self.noise * (2.0 * unit - 1.0))
+    }
+
+    fn work(&mut self, plan: Plan, class: usize, pages: f64) -> Work {
+        let Cost { nanos, bytes } = self.costs[plan as usize][class];
+        let time = Duration::from_secs_f64(self.noisy(pages * nanos) / 1e9);
+        Work { pages: pages as u64, bytes: (pages * bytes) as u64, time }
+    }
+
+    fn epoch(&mut self, plan: Plan) -> Seen {
+        let known = if plan.uses_cache() { self.known_share } else { 0.0 };
+        let pages = self.pages as f64;
+        let (known, fresh) = (self.work(plan, 0, pages * known), self.work(plan, 1, pages * (1.0 - known)));
+        let bytes = known.bytes + fresh.bytes;
+        let seconds = self.noisy(100e-6 + bytes as f64 / self.link_bytes_per_second);
+        let transfer = Some((bytes, Duration::from_secs_f64(seconds)));
+        Seen { plan, known, fresh, transfer, spare_cpus: self.spare_cpus }
+    }
+
+    /// What an epoch really takes.
+    fn seconds(&self, plan: Plan) -> f64 {
+        let truth = Governor {
+            costs: self.costs,
+            pages: self.pages as f64,
+            known_share: self.known_share,
+            link: Link {
+                seconds_per_byte: 1.0 / self.link_bytes_per_second,
+                delay_seconds: 100e-6,
+                ..Link::default()
+            },
+            spare_cpus: self.spare_cpus,
+            ..Governor::new()
+        };
+        truth.predicted_seconds(plan)
+    }
+
+    fn best_seconds(&self) -> f64 {
+        Plan::ALL.into_iter().map(|plan| self.seconds(plan)).fold(f64::INFINITY, f64::min)
+    }
+
+    /// Runs epochs; gives the number of changes.
+    fn run(&mut self, governor: &mut Governor, epochs: u32) -> u32 {
+        (0..epochs).map(|_| u32::from(governor.step(&self.epoch(governor.plan()), BOTH).is_some())).sum()
+    }
+}
+
+fn world() -> impl Strategy<Value = World> {
+    let factor = || 0.3f64..3.0;
+    let costs = prop::array::uniform5(prop::array::uniform2((factor(), 0.2f64..1.8)));
+    let link = prop_oneof![Just(125e6), Just(1.25e9), Just(5e9), Just(1e12), 1e6f64..1e10];
+    (20u64..20_000, 0.0f64..1.0, costs, link, 0.0f64..2.0, any::<u64>()).prop_map(
+        |(pages, known_share, factors, link_bytes_per_second, spare_cpus, random)| {
+            let mut costs = USUAL;
+            for (cost, (nanos, bytes)) in costs.iter_mut().flatten().zip(factors.iter().flatten()) {
+                cost.nanos *= nanos;
+                cost.bytes = (cost.bytes * bytes).min(RECORD);
+            }
+            // Raw is raw, whatever the guest.
+            costs[Plan::Raw as usize] = USUAL[Plan::Raw as usize];
+            World { pages, known_share, costs, link_bytes_per_second, spare_cpus, noise: 0.05, random }
+        },
+    )
+}
+
+fn usual() -> World {
+    World {
+        pages: 1000,
+        known_share: 0.8,
+        costs: USUAL,
+        link_bytes_per_second: 125e6,
+        spare_cpus: 1.0,
+        noise: 0.05,
+        random: 1,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Whatever was measured, sense or nonsense.
+    #[test]
+    fn never_predicted_slower_than_raw(
+        seen in prop::collection::vec((
+            prop::array::uniform2((0u64..5000, 0u64..5_000_000, 0u64..50_000_000)),
+            prop::option::of((0u64..20_000_000, 1u64..100_000_000)),
+            0.0f64..4.0,
+        ), 1..300),
+        xbzrle: bool, lz4: bool,
+    ) {
+        let mut governor = Governor::new();
+        for (work, transfer, spare_cpus) in seen {
+            let [known, fresh] = work.map(|(pages, bytes, nanos)| {
+                Work { pages, bytes, time: Duration::from_nanos(nanos) }
+            });
+            let transfer = transfer.map(|(bytes, nanos)| (bytes, Duration::from_nanos(nanos)));
+            let seen = Seen { plan: governor.plan(), known, fresh, transfer, spare_cpus };
+            let codecs = CodecSet { xbzrle, lz4 };
+            governor.step(&seen, codecs);
+            prop_assert!(governor.plan().is_allowed(codecs));
+            let (plan, raw) = (governor.predicted_seconds(governor.plan()), governor.predicted_seconds(Plan::Raw));
+            prop_assert!(plan <= raw * MAX_LOSS, "{:?}: {plan} against {raw}", governor.plan());
+        }
+    }
+
+    /// On a link that costs nothing it ends with what is as fast as raw, and is slower than raw only while it learns.
+    #[test]
+    fn an_unlimited_link_is_used_raw(mut world in world()) {
+        world.link_bytes_per_second = 1e12;
+        let mut governor = Governor::new();
+        world.run(&mut governor, 300);
+        let mut slower = 0;
+        for _ in 0..1000 {
+            slower += u32::from(world.seconds(governor.plan()) > world.seconds(Plan::Raw) * MAX_LOSS);
+            world.run(&mut governor, 1);
+        }
+        prop_assert!(slower <= 20, "{slower} of 1000 epochs were slower than raw");
+    }
+
+    /// It settles, on something nearly as good as the best.
+    #[test]
+    fn it_settles_near_the_best(mut world in world()) {
+        let mut governor = Governor::new();
+        let changes = world.run(&mut governor, 3000);
+        prop_assert!(changes <= 16, "{changes} changes");
+        let late = world.run(&mut governor, 1000);
+        prop_assert!(late <= 4, "{late} changes after settling");
+        prop_assert!(world.seconds(governor.plan()) <= world.seconds(Plan::Raw) * 1.1);
+    }
+}
+
+#[test]
+fn a_slow_link_is_compressed_for_and_a_fast_one_is_not() {
+    let mut world = usual();
+    let mut governor = Governor::new();
+    assert_eq!(governor.plan(), Plan::Raw);
+    world.run(&mut governor, 100);
+    assert!(governor.plan().uses_cache(), "{:?}", governor.plan());
+    assert!(world.seconds(governor.plan()) < world.seconds(Plan::Raw) / 2.0);
+    // The link becomes fast: what costs more than it saves ends.
+    world.link_bytes_per_second = 1e12;
+    world.run(&mut governor, 200);
+    assert_eq!(governor.plan(), Plan::Raw);
+    // And slow again.
+    world.link_bytes_per_second = 125e6;
+    world.run(&mut governor, 800);
+    assert!(world.seconds(governor.plan()) < world.best_seconds() * 1.15, "{:?}", governor.plan());
+}
+
+#[test]
+fn no_spare_cpu_makes_work_dear() {
+    let mut world = World {
+        link_bytes_per_second: 2e9,
+        costs: [[Cost { nanos: 1500.0, bytes: 2000.0 }; 2]; 5],
+        ..usual()
+    };
+    world.costs[0] = USUAL[0];
+    let mut governor = Governor::new();
+    world.run(&mut governor, 100);
+    let with_cpu = governor.plan();
+    world.spare_cpus = 0.0;
+    world.run(&mut governor, 200);
+    assert_eq!((with_cpu == Plan::Raw, governor.plan()), (false, Plan::Raw));
+}
+
+#[test]
+fn a_link_that_changes_all_the_time_does_not_make_it_flap() {
+    for period in [1, 2, 5, 10, 40] {
+        let (mut world, mut governor, mut changes) = (usual(), Governor::new(), 0);
+        for i in 0..4000 {
+            world.link_bytes_per_second = if i / period % 2 == 0 { 100e6 } else { 5e9 };
+            changes += world.run(&mut governor, 1);
+        }
+        assert!(changes <= 100, "{changes} changes at a period of {period} epochs");
+    }
+}
+
+#[test]
+fn a_change_says_why() {
+    let (mut world, mut governor) = (usual(), Governor::new());
+    let change = (0..100).find_map(|_| governor.step(&world.epoch(governor.plan()), BOTH)).unwrap();
+    assert_eq!(change.from, Plan::Raw);
+    assert!(change.reason.contains("MB/s") && change.reason.contains("raw"), "{}", change.reason);
+}

@@ -1,0 +1,186 @@
+//! Frames from pages.
+
+use super::{Codec, RECORD_HEADER_BYTES};
+use crate::codec::{Encoded, Lz4};
+use crate::digest::{Digest, PagesDigest};
+use crate::limits;
+use crate::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex, ZERO_PAGE};
+use bytes::{BufMut, Bytes, BytesMut};
+
+/// Builds the frames of one epoch: every page is copied once, into the buffer that is sent.
+#[derive(Debug)]
+pub struct FrameBuilder {
+    open: BytesMut,
+    /// The open batch, if records go into batches.
+    batch: Option<Batch>,
+    /// `None` if the pages were digested before.
+    digest: Option<PagesDigest>,
+    pages: u64,
+    frames: u64,
+    frame_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Batch {
+    records: Vec<u8>,
+    lz4: Lz4,
+}
+
+/// What the frames of an epoch hold together; goes into its manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameTotals {
+    /// Frames built.
+    pub frames: u64,
+    /// Records in them.
+    pub pages: u64,
+    /// Bytes of them.
+    pub frame_bytes: u64,
+    /// Digest of all pages in order.
+    pub digest: Digest,
+}
+
+impl Default for FrameBuilder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl FrameBuilder {
+    /// For a new epoch.
+    pub fn new() -> Self {
+        Self {
+            open: BytesMut::new(),
+            batch: None,
+            digest: Some(PagesDigest::new()),
+            pages: 0,
+            frames: 0,
+            frame_bytes: 0,
+        }
+    }
+
+    /// For a new epoch whose records go into batches. Both sides must have agreed on `codec/lz4`.
+    pub fn batched() -> Self {
+        let records = Vec::with_capacity(limits::MAX_BATCH_BYTES);
+        Self { batch: Some(Batch { records, lz4: Lz4::new() }), ..Self::new() }
+    }
+
+    /// Adds a page, detecting zero pages; gives a frame whenever one is full.
+    #[must_use = "the frame must be sent"]
+    pub fn push(&mut self, block: BlockIndex, page: PageIndex, content: Option<&PageData>) -> Option<Bytes> {
+        let content = content.filter(|c| **c != ZERO_PAGE);
+        let encoded = match content {
+            None => Encoded { codec: Codec::Zero, payload: &[] },
+            Some(content) => Encoded { codec: Codec::Raw, payload: content },
+        };
+        self.push_encoded(block, page, content, encoded)
+    }
+
+    /// Adds a page that is `content` (`None` if zeros) and was encoded by [`crate::codec::PageEncoder`]; gives a frame
+    /// whenever one is full.
+    #[must_use = "the frame must be sent"]
+    pub fn push_encoded(
+        &mut self,
+        block: BlockIndex,
+        page: PageIndex,
+        content: Option<&PageData>,
+        encoded: Encoded<'_>,
+    ) -> Option<Bytes> {
+        let Encoded { codec, payload } = encoded;
+        // A page of zeros is digested as such, whatever form it came in.
+        if let Some(digest) = &mut self.digest {
+            digest.update(block, page, content.filter(|_| codec != Codec::Zero));
+        }
+        self.pages += 1;
+        match &mut self.batch {
+            Some(batch) => {
+                put_record(&mut batch.records, page.get(), block.0, codec, payload);
+                if batch.records.len() + RECORD_HEADER_BYTES + PAGE_BYTES > limits::MAX_BATCH_BYTES {
+                    self.close_batch();
+                }
+            }
+            None => {
+                make_room(&mut self.open, payload.len());
+                put_record(&mut self.open, page.get(), block.0, codec, payload);
+            }
+        }
+        (self.open.len() >= limits::FRAME_TARGET_BYTES).then(|| self.close())
+    }
+
+    /// Ends the epoch: the last frame, if one is open, and the totals.
+    #[must_use = "the last frame must be sent"]
+    pub fn finish(mut self) -> (Option<Bytes>, FrameTotals) {
+        self.close_batch();
+        let last = (!self.open.is_empty()).then(|| self.close());
+        let totals = FrameTotals {
+            frames: self.frames,
+            pages: self.pages,
+            frame_bytes: self.frame_bytes,
+            digest: self.digest.take().unwrap_or_default().finish(),
+        };
+        (last, totals)
+    }
+
+    /// For pages that are encoded anew: they have been digested, so this digests nothing. See
+    /// [`FrameBuilder::finish_again`].
+    #[must_use]
+    pub fn again(self) -> Self {
+        Self { digest: None, ..self }
+    }
+
+    /// [`FrameBuilder::finish`] for pages whose digest is known from before.
+    #[must_use = "the last frame must be sent"]
+    pub fn finish_again(self, digest: Digest) -> (Option<Bytes>, FrameTotals) {
+        let (last, totals) = self.finish();
+        (last, FrameTotals { digest, ..totals })
+    }
+
+    /// Adds a frame as it is, behind what was added before: the frames that are ready now, in order.
+    #[must_use = "the frames must be sent"]
+    pub fn push_frame(&mut self, frame: Bytes, pages: u64) -> impl Iterator<Item = Bytes> + use<> {
+        self.close_batch();
+        let open = (!self.open.is_empty()).then(|| self.close());
+        self.frames += 1;
+        self.frame_bytes += frame.len() as u64;
+        self.pages += pages;
+        open.into_iter().chain([frame])
+    }
+
+    /// Compresses the open batch into the open frame; as plain records if that is not shorter.
+    fn close_batch(&mut self) {
+        let Some(batch) = self.batch.as_mut().filter(|batch| !batch.records.is_empty()) else { return };
+        let records_bytes = batch.records.len();
+        match batch.lz4.compress(&batch.records).filter(|lz4| lz4.len() + RECORD_HEADER_BYTES < records_bytes)
+        {
+            Some(payload) => {
+                make_room(&mut self.open, payload.len());
+                put_record(&mut self.open, records_bytes as u64, 0, Codec::Batch, payload);
+            }
+            None => {
+                make_room(&mut self.open, records_bytes);
+                self.open.put_slice(&batch.records);
+            }
+        }
+        batch.records.clear();
+    }
+
+    fn close(&mut self) -> Bytes {
+        self.frames += 1;
+        self.frame_bytes += self.open.len() as u64;
+        self.open.split().freeze()
+    }
+}
+
+fn make_room(open: &mut BytesMut, payload_bytes: usize) {
+    if open.capacity() - open.len() < RECORD_HEADER_BYTES + payload_bytes {
+        open.reserve(limits::MAX_FRAME_BYTES);
+    }
+}
+
+fn put_record(out: &mut impl BufMut, page: u64, block: u16, codec: Codec, payload: &[u8]) {
+    out.put_u64_le(page);
+    out.put_u16_le(block);
+    out.put_u16_le(codec as u16);
+    // No payload is longer than a batch.
+    out.put_u32_le(u32::try_from(payload.len()).unwrap_or(u32::MAX));
+    out.put_slice(payload);
+}
