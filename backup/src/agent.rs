@@ -16,7 +16,8 @@ use understudy_proto::control::Role;
 use understudy_proto::ids::{GuestId, Incarnation};
 use understudy_proto::negotiate::{self, Offer};
 use understudy_proto::rpc::admin::{
-    FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply, UnprotectRequest,
+    ConfirmRequest, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply,
+    UnprotectRequest,
 };
 use understudy_proto::rpc::epoch::{
     BackupMessage, GuestRecord, Hello, PrimaryMessage, ProbeReply, ProbeRequest, Refused, RefusedCode,
@@ -339,10 +340,14 @@ impl AdminService for Operator {
         })))
     }
 
+    async fn confirm(&self, request: ConfirmRequest) -> Result<(), Failure> {
+        self.0.find(&request.domain)?.confirm(request.proceed).await
+    }
+
     async fn failover(&self, request: FailoverRequest) -> Result<FallibleStream<Progress>, Failure> {
         let guest = self.0.find(&request.domain)?;
         let (asking, mut progress) = mpsc::channel(PROGRESS);
-        guest.failover(request.i_have_fenced, asking).await?;
+        guest.failover(request.i_have_fenced, request.hold, asking).await?;
         // A refusal is the answer to the call itself, not the first item of a stream.
         match progress.recv().await {
             Some(Err(failure)) => Err(failure),

@@ -3,6 +3,7 @@
 use clap::Parser;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use understudy_proto::rpc::transport::{self, Security, TlsFiles};
 
 /// The Understudy agent of a backup host: holds the images of guests that run elsewhere and starts them when told.
 #[derive(Debug, Clone, Parser)]
@@ -15,6 +16,16 @@ pub struct Config {
     /// Allow plain TCP without TLS. Whoever reaches the port reads and replaces guests: use a network of its own.
     #[arg(long)]
     pub insecure: bool,
+
+    /// Certificates for TLS, in libvirt's layout: CA/cacert.pem, libvirt/servercert.pem and
+    /// libvirt/private/serverkey.pem. Read anew for every connection.
+    #[arg(long, value_name = "DIR", default_value = transport::PKI_DIR)]
+    pub pki_dir: PathBuf,
+
+    /// A name of a host that may send epochs: its client certificate must have it as a subject alternative name. May be
+    /// repeated; without any every client of the CA may.
+    #[arg(long, value_name = "NAME", conflicts_with = "insecure")]
+    pub allow: Vec<String>,
 
     /// libvirt to create standby domains with.
     #[arg(long, value_name = "URI", default_value = "qemu:///system")]
@@ -50,17 +61,27 @@ pub struct Config {
 }
 
 impl Config {
+    /// How epochs arrive.
+    pub fn security(&self) -> Security {
+        if self.insecure {
+            return Security::Plain;
+        }
+        Security::Tls(TlsFiles::server(&self.pki_dir, self.allow.clone()))
+    }
+
     /// Checks what the parser cannot; all mistakes at once.
     ///
     /// # Errors
     /// Every mistake, one a line.
     pub fn validate(&self) -> Result<(), String> {
         let mut mistakes = Vec::new();
-        if !self.insecure {
-            mistakes.push(
-                "there is no TLS yet: give --insecure if the network between the hosts can be trusted"
-                    .to_owned(),
-            );
+        if let Security::Tls(files) = self.security()
+            && let Err(mistake) = files.server_config()
+        {
+            mistakes.push(format!(
+                "{mistake}; make the certificates as for libvirt's own TLS, or give --insecure if the network between \
+                 the hosts can be trusted"
+            ));
         }
         for (name, dir) in [("--state-dir", &self.state_dir), ("--run-dir", &self.run_dir)] {
             if !dir.is_absolute() {
@@ -91,13 +112,21 @@ mod tests {
 
     #[test]
     fn plain_tcp_must_be_asked_for() {
-        assert!(config(&[]).unwrap().validate().unwrap_err().contains("--insecure"));
+        let without = config(&["--pki-dir", "/nonexistent"]).unwrap().validate().unwrap_err();
+        assert!(
+            without.contains("--insecure") && without.contains("/nonexistent/CA/cacert.pem"),
+            "{without}"
+        );
+        assert!(config(&["--insecure", "--allow", "alpha"]).is_err());
         assert_eq!(config(&["--insecure"]).unwrap().validate(), Ok(()));
     }
 
     #[test]
     fn all_mistakes_are_named_at_once() {
-        let mistakes = config(&["--state-dir", "x", "--run-dir", "y"]).unwrap().validate().unwrap_err();
+        let mistakes = config(&["--pki-dir", "/nonexistent", "--state-dir", "x", "--run-dir", "y"])
+            .unwrap()
+            .validate()
+            .unwrap_err();
         assert_eq!(mistakes.lines().count(), 3, "{mistakes}");
     }
 

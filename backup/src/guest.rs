@@ -47,7 +47,8 @@ pub type Asking = mpsc::Sender<Result<Progress, Failure>>;
 
 enum Request {
     Connect(Box<Connect>),
-    Failover { i_have_fenced: bool, asking: Asking },
+    Failover { i_have_fenced: bool, hold: bool, asking: Asking },
+    Confirm(bool, oneshot::Sender<Result<(), Failure>>),
     Release(oneshot::Sender<Result<&'static str, Failure>>),
     Shutdown(oneshot::Sender<()>),
 }
@@ -65,6 +66,7 @@ impl std::fmt::Debug for Request {
         f.write_str(match self {
             Self::Connect(_) => "Connect",
             Self::Failover { .. } => "Failover",
+            Self::Confirm(..) => "Confirm",
             Self::Release(_) => "Release",
             Self::Shutdown(_) => "Shutdown",
         })
@@ -119,12 +121,22 @@ impl Guest {
         self.request(Request::Connect(Box::new(connect))).await
     }
 
-    /// Asks for a failover; answers and errors go to `asking`.
+    /// Asks for a failover, to be held when it is loaded or not; answers and errors go to `asking`.
     ///
     /// # Errors
     /// If the owner has ended.
-    pub async fn failover(&self, i_have_fenced: bool, asking: Asking) -> Result<(), Failure> {
-        self.request(Request::Failover { i_have_fenced, asking }).await
+    pub async fn failover(&self, i_have_fenced: bool, hold: bool, asking: Asking) -> Result<(), Failure> {
+        self.request(Request::Failover { i_have_fenced, hold, asking }).await
+    }
+
+    /// Ends the wait of a failover that is held.
+    ///
+    /// # Errors
+    /// If none waits and the guest is to run, or the owner has ended.
+    pub async fn confirm(&self, proceed: bool) -> Result<(), Failure> {
+        let (reply, answer) = oneshot::channel();
+        self.request(Request::Confirm(proceed, reply)).await?;
+        answer.await.map_err(|_| owner_ended())?
     }
 
     /// Gives up what is here of the guest; says what that means.

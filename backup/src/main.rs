@@ -44,9 +44,11 @@ async fn run(config: Config) -> anyhow::Result<()> {
     };
     let agent = Agent::start(tools, config.staging_mib << 20).await.context("cannot start the agent")?;
     tracing::info!(address = %sockets.address(), admin = %sockets.path().display(), "ready");
-    tracing::warn!("epochs come over plain TCP: the network between the hosts must be trusted");
+    if config.insecure {
+        tracing::warn!("epochs come over plain TCP: the network between the hosts must be trusted");
+    }
     sockets
-        .serve(agent, async {
+        .serve(agent, config.security(), async {
             tokio::select! {
                 _ = terminate.recv() => (),
                 _ = interrupt.recv() => (),

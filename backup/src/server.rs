@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::server::TcpIncoming;
+use understudy_proto::rpc::transport::Security;
 use understudy_proto::rpc::{admin_routes, epoch_routes, transport};
 
 /// The sockets of an agent, bound.
@@ -65,10 +66,17 @@ impl Sockets {
     pub async fn serve(
         self,
         agent: Arc<Agent>,
+        security: Security,
         stop: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
-        let epochs =
-            transport::server().add_routes(epoch_routes(Arc::clone(&agent))).serve_with_incoming(self.tcp);
+        let epochs = transport::server().add_routes(epoch_routes(Arc::clone(&agent)));
+        let epochs = async {
+            match security {
+                // Plain connections stay tonic's own: nothing is in the way of the pages.
+                Security::Plain => epochs.serve_with_incoming(self.tcp).await,
+                Security::Tls(files) => epochs.serve_with_incoming(transport::secured(self.tcp, files)).await,
+            }
+        };
         let admin = transport::server()
             .add_routes(admin_routes(Arc::new(Operator(Arc::clone(&agent)))))
             .serve_with_incoming(UnixListenerStream::new(self.unix));

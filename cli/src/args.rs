@@ -44,6 +44,21 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Answer `understudy verify`. Run it in the guest; it needs no agent.
     Respond(RespondArgs),
+    /// Install, remove or examine libvirt's hook, which tells the agent of starts and ends, and refuses to start a guest
+    /// that says required='yes' and cannot be protected.
+    #[command(subcommand)]
+    Hook(HookCommand),
+    /// Print what makes a shell complete this command, for example: understudy completion bash >
+    /// /etc/bash_completion.d/understudy
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages of this command into a folder, for example /usr/local/share/man/man1.
+    Man {
+        /// The folder; it must exist.
+        folder: PathBuf,
+    },
 }
 
 /// Where the responder listens unless told otherwise.
@@ -70,6 +85,26 @@ pub(crate) struct RespondArgs {
     /// Where to listen.
     #[arg(long, default_value_t = RESPONDER_PORT)]
     pub port: u16,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HookCommand {
+    /// Put the hook where libvirt looks for it.
+    Install(HookArgs),
+    /// Take it away again.
+    Remove(HookArgs),
+    /// Say whether it is there, libvirt has seen it and the agent answers it.
+    Status(HookArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct HookArgs {
+    /// Where libvirt looks for hooks.
+    #[arg(long, value_name = "DIR", default_value = "/etc/libvirt/hooks")]
+    pub hooks_dir: PathBuf,
+    /// The hook; understudy-hook beside this command if left out.
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -48,7 +48,8 @@ pub(crate) async fn failover(run_dir: &Path, args: &FailoverArgs) -> Result<(), 
             let remedy = format!("run this on the backup host; if this is it: {}", failure.remedy);
             Failure { remedy, ..failure }
         })?;
-    let request = FailoverRequest { domain: args.domain.clone(), i_have_fenced: args.i_have_fenced };
+    let request =
+        FailoverRequest { domain: args.domain.clone(), i_have_fenced: args.i_have_fenced, hold: false };
     let last = follow(agent.failover(request).await?).await?;
     let report = last.failover.ok_or_else(|| no_end("the report of the failover"))?;
     for warning in &report.warnings {

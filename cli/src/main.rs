@@ -3,6 +3,8 @@
 
 mod args;
 mod commands;
+mod generate;
+mod hook;
 mod progress;
 mod status;
 mod verify;
@@ -42,5 +44,8 @@ async fn run(args: &Args) -> Result<(), Failure> {
         Command::Status(a) => status::status(sockets, a).await,
         Command::Verify(a) => verify::verify(a).await,
         Command::Respond(a) => verify::respond(a).await,
+        Command::Hook(a) => hook::run(sockets, a),
+        Command::Completion { shell } => generate::completion(*shell),
+        Command::Man { folder } => generate::manual(folder),
     }
 }

@@ -12,6 +12,7 @@ use crate::domain::Domain;
 use crate::domain_xml;
 use crate::error::LibvirtError;
 use crate::event::DomainEvent;
+use crate::host_watch::{HostQueue, HostWatch};
 use crate::stream::{EventStream, Queue};
 use crate::sys::{self, CloseWatch, Link, Sink};
 
@@ -47,11 +48,11 @@ impl Drop for Shared {
 /// The event streams of a connection: all of them learn when it closes.
 #[derive(Debug, Default)]
 struct Streams {
-    queues: Mutex<Vec<Weak<Queue>>>,
+    queues: Mutex<Vec<Weak<dyn Sink>>>,
 }
 
 impl Streams {
-    fn add(&self, queue: &Arc<Queue>) {
+    fn add(&self, queue: &Arc<dyn Sink>) {
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
         queues.retain(|queue| queue.strong_count() > 0);
         queues.push(Arc::downgrade(queue));
@@ -61,7 +62,7 @@ impl Streams {
 impl Sink for Streams {
     fn accept(&self, event: DomainEvent) {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        queues.iter().filter_map(Weak::upgrade).for_each(|queue| queue.push(event.clone()));
+        queues.iter().filter_map(Weak::upgrade).for_each(|queue| queue.accept(event.clone()));
     }
 }
 
@@ -222,8 +223,8 @@ impl Connection {
         let refused =
             |error| LibvirtError::new(format!("subscribe to events of domain {}", domain.name()), &error);
         let queue = Arc::new(Queue::default());
-        self.shared.streams.add(&queue);
         let sink = || Arc::clone(&queue) as Arc<dyn Sink>;
+        self.shared.streams.add(&sink());
         let mut subscriptions =
             vec![sys::subscribe_lifecycle(self.connect(), domain.raw(), sink()).map_err(refused)?];
         subscriptions.extend(sys::subscribe_devices(self.connect(), domain.raw(), &sink()).map_err(refused)?);
@@ -240,6 +241,20 @@ impl Connection {
             queue.push(DomainEvent::ConnectionClosed { reason: "it was closed before".to_owned() });
         }
         Ok(EventStream::new(self.clone(), queue, subscriptions, qmp))
+    }
+
+    /// Subscribes to the starts, ends and metadata of all domains, from now on.
+    pub fn watch(&self) -> Result<HostWatch, LibvirtError> {
+        let (queue, events) = HostQueue::new();
+        let sink = Arc::clone(&queue) as Arc<dyn Sink>;
+        self.shared.streams.add(&sink);
+        let subscriptions = sys::subscribe_host(self.connect(), &sink)
+            .map_err(|error| LibvirtError::new("subscribe to the events of all domains", &error))?;
+        // The connection may have broken before its queue was known to the close callback.
+        if !self.is_alive() {
+            queue.accept(DomainEvent::ConnectionClosed { reason: "it was closed before".to_owned() });
+        }
+        Ok(HostWatch::new(self.clone(), (queue, events), subscriptions))
     }
 
     fn connect(&self) -> &Link {

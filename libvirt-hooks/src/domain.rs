@@ -175,6 +175,49 @@ impl Domain {
         result.map_err(|error| self.refused("undefine", &error))
     }
 
+    /// The metadata element of that namespace, as it is in force now; libvirt takes the namespace off it.
+    pub fn metadata(&self, namespace: &str) -> Result<Option<String>, LibvirtError> {
+        let kind = virt_sys::VIR_DOMAIN_METADATA_ELEMENT.cast_signed();
+        match self.inner.get_metadata(kind, Some(namespace), virt_sys::VIR_DOMAIN_AFFECT_CURRENT) {
+            Ok(xml) => Ok(Some(xml)),
+            Err(error) if error.code() == ErrorNumber::NoDomainMetadata => Ok(None),
+            Err(error) => Err(self.refused("read the metadata of", &error)),
+        }
+    }
+
+    /// Sets the metadata element of that namespace while the domain runs, under that prefix; `None` removes it. The
+    /// persistent definition is not touched.
+    pub fn set_live_metadata(
+        &self,
+        namespace: &str,
+        prefix: &str,
+        element: Option<&str>,
+    ) -> Result<(), LibvirtError> {
+        self.change_metadata(namespace, prefix, element, virt_sys::VIR_DOMAIN_AFFECT_LIVE)
+    }
+
+    /// Removes the metadata element of that namespace from the persistent definition.
+    pub fn forget_metadata(&self, namespace: &str) -> Result<(), LibvirtError> {
+        self.change_metadata(namespace, "understudy", None, virt_sys::VIR_DOMAIN_AFFECT_CONFIG)
+    }
+
+    fn change_metadata(
+        &self,
+        namespace: &str,
+        prefix: &str,
+        element: Option<&str>,
+        flags: u32,
+    ) -> Result<(), LibvirtError> {
+        let action = format!("set the metadata of domain {}", self.name);
+        LibvirtError::check_text(&action, "the element", element.unwrap_or_default())?;
+        let kind = virt_sys::VIR_DOMAIN_METADATA_ELEMENT.cast_signed();
+        let key = element.map(|_| prefix);
+        self.inner
+            .set_metadata(kind, element, key, Some(namespace), flags)
+            .map(drop)
+            .map_err(|error| LibvirtError::new(action, &error))
+    }
+
     pub(crate) fn raw(&self) -> &virt::domain::Domain {
         &self.inner
     }

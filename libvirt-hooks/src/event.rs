@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use uuid::Uuid;
 
 /// An event of QEMU's monitor. Any name may come: match the ones of interest, ignore the rest.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,6 +76,42 @@ pub enum DomainEvent {
     ConnectionClosed {
         /// Why, in words.
         reason: String,
+    },
+}
+
+/// One thing a [`crate::HostWatch`] delivers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostEvent {
+    /// Something of one domain has changed.
+    Domain {
+        /// Its UUID.
+        domain: Uuid,
+        /// What.
+        change: DomainChange,
+    },
+    /// Events were dropped because the consumer was too slow: look at all domains.
+    Lost,
+    /// The connection to libvirt has ended; nothing follows. Open a new [`crate::Connection`].
+    ConnectionClosed {
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// What has changed of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DomainChange {
+    /// It was started, or has ended; other changes of its life are not reported here.
+    Lifecycle {
+        /// Which.
+        kind: Lifecycle,
+        /// As in [`DomainEvent::Lifecycle`].
+        detail: String,
+    },
+    /// Metadata of this namespace was set or removed, by anyone.
+    Metadata {
+        /// The namespace; empty for a title or description.
+        uri: String,
     },
 }
 

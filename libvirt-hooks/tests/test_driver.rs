@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use understudy_libvirt::{
-    Connection, DomainEvent, DomainState, EventStream, LibvirtError, Lifecycle, Monitor, MonitorError,
-    XmlFlags, qmp,
+    Connection, DomainChange, DomainEvent, DomainState, EventStream, HostEvent, LibvirtError, Lifecycle,
+    Monitor, MonitorError, XmlFlags, qmp,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -84,4 +84,68 @@ fn a_driver_without_a_monitor_says_so() {
     let error =
         domain.execute_with_fd("getfd", serde_json::json!({}), std::os::fd::AsFd::as_fd(&fd)).unwrap_err();
     assert!(matches!(error, MonitorError::FdUnsupported { .. }), "{error}");
+}
+
+fn running(connection: &Connection, name: &str) -> understudy_libvirt::Domain {
+    let xml = format!(
+        "<domain type='test'><name>{name}</name><memory unit='MiB'>8</memory><os><type>hvm</type></os></domain>"
+    );
+    // Domains of this driver belong to the whole process; it cannot create one paused, and we create no other.
+    let link = virt::connect::Connect::open(Some("test:///default")).unwrap();
+    virt::domain::Domain::create_xml(&link, &xml, 0).unwrap();
+    connection.find_domain(name).unwrap()
+}
+
+#[test]
+fn metadata_is_set_read_removed_and_reported_by_namespace() {
+    const USER: &str = "urn:understudy:domain:1";
+    let connection = Connection::open("test:///default").unwrap();
+    let domain = running(&connection, "marked");
+    let watch = connection.watch().unwrap();
+    assert_eq!(domain.metadata(USER).unwrap(), None);
+    let xml = "<protect enabled='yes' backup='b'><disk target='vda' policy='buffer'/></protect>";
+    domain.set_live_metadata(USER, "u", Some(xml)).unwrap();
+    domain.set_live_metadata("urn:other", "o", Some("<x/>")).unwrap();
+    // As an XML it has its namespace, alone it has none.
+    let all = domain.xml(XmlFlags::default()).unwrap();
+    assert!(all.contains("<u:protect xmlns:u=\"urn:understudy:domain:1\""), "{all}");
+    assert!(domain.metadata(USER).unwrap().unwrap().starts_with("<protect enabled="));
+    domain.set_live_metadata(USER, "u", None).unwrap();
+    assert_eq!(domain.metadata(USER).unwrap(), None);
+    assert!(domain.metadata("urn:other").unwrap().is_some());
+    // Suspending and resuming is what checkpoints do all the time.
+    domain.suspend().unwrap();
+    domain.resume().unwrap();
+    domain.destroy().unwrap();
+    let mut seen = Vec::new();
+    while let Some(event) = watch.next(PATIENCE) {
+        let HostEvent::Domain { domain: of, change } = event else { panic!("{event:?}") };
+        if of != domain.uuid() {
+            continue;
+        }
+        let last = matches!(change, DomainChange::Lifecycle { .. });
+        seen.push(change);
+        if last {
+            break;
+        }
+    }
+    let of = |uri: &str| DomainChange::Metadata { uri: uri.to_owned() };
+    let ended = DomainChange::Lifecycle { kind: Lifecycle::Stopped, detail: "destroyed".to_owned() };
+    assert_eq!(seen, [of(USER), of("urn:other"), of(USER), ended]);
+}
+
+#[test]
+fn the_elements_of_understudy_survive_libvirt() {
+    use understudy_hook::metadata::{PROTECT_NAMESPACE, Protect, STATE_NAMESPACE, STATE_PREFIX, State};
+    let connection = Connection::open("test:///default").unwrap();
+    let domain = running(&connection, "reported");
+    // Children have no namespace of their own where `virsh metadata --set` is given the plain element.
+    let xml = "<protect enabled='yes' backup='b'><disk target='vda' policy='buffer'/></protect>";
+    domain.set_live_metadata(PROTECT_NAMESPACE, "understudy", Some(xml)).unwrap();
+    let alone = Protect::parse(&domain.metadata(PROTECT_NAMESPACE).unwrap().unwrap()).unwrap();
+    let state = State { value: "failed".into(), detail: "no <way> & no 'means'".into(), ..State::default() };
+    domain.set_live_metadata(STATE_NAMESPACE, STATE_PREFIX, Some(&state.to_xml())).unwrap();
+    let all = domain.xml(XmlFlags::default()).unwrap();
+    assert_eq!(Protect::in_domain(&all).unwrap(), Some(alone));
+    assert_eq!(State::parse(&domain.metadata(STATE_NAMESPACE).unwrap().unwrap()).unwrap(), state);
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use understudy_proto::rpc::transport::{self, Security, TlsFiles};
 
 use crate::encode::{Compress, Encoding};
 
@@ -48,6 +49,11 @@ pub struct Config {
     #[arg(long, value_name = "NAME")]
     pub host_name: Option<String>,
 
+    /// Certificates for TLS to backups, in libvirt's layout: CA/cacert.pem, libvirt/clientcert.pem and
+    /// libvirt/private/clientkey.pem. Read anew for every connection.
+    #[arg(long, value_name = "DIR", default_value = transport::PKI_DIR)]
+    pub pki_dir: PathBuf,
+
     /// Log filter as for tracing, for example `info,understudy_primary=debug`.
     #[arg(long, value_name = "FILTER", env = "UNDERSTUDY_LOG", default_value = "info")]
     pub log: String,
@@ -82,6 +88,11 @@ impl Config {
     pub fn encoding(&self) -> Encoding {
         let cache_mib = usize::try_from(self.page_cache_mib).unwrap_or(0);
         Encoding { compress: self.compress, cache_bytes: cache_mib.saturating_mul(1 << 20) }
+    }
+
+    /// How a guest's epochs travel.
+    pub fn security(&self, insecure: bool) -> Security {
+        if insecure { Security::Plain } else { Security::Tls(TlsFiles::client(&self.pki_dir)) }
     }
 
     /// Everything that is wrong with it, one sentence each.

@@ -12,6 +12,7 @@ pub mod engine;
 #[cfg(feature = "test-hooks")]
 pub mod hooks;
 pub mod life;
+pub mod metadata;
 pub mod protect;
 pub mod replicate;
 pub mod state_file;

@@ -15,6 +15,7 @@ use understudy_primary::admin::Admin;
 use understudy_primary::agent::Agent;
 use understudy_primary::config::Config;
 use understudy_primary::life::SignOfLife;
+use understudy_primary::metadata;
 use understudy_proto::rpc::{admin_routes, transport};
 
 /// As in sysexits.h: the command was used incorrectly.
@@ -60,11 +61,15 @@ async fn serve(config: Config) -> Result<()> {
     let _life = SignOfLife::take(&agent.config.state_dir)?;
     info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), guests = remembered.len(), "started");
 
+    let hooks = metadata::listen(&agent.config.run_dir)?;
+    tokio::spawn(metadata::serve_hooks(hooks, agent.config.clone()));
+
     let routes = admin_routes(Arc::new(Admin::new(Arc::clone(&agent))));
     let serving =
         transport::server().add_routes(routes).serve_with_incoming(UnixListenerStream::new(listener));
     let working = async {
         agent.restart(remembered).await;
+        metadata::run(Arc::clone(&agent)).await;
         std::future::pending::<()>().await
     };
     tokio::select! {

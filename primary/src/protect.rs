@@ -12,6 +12,7 @@ use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::{self, Offer};
 use understudy_proto::rpc::admin::ProtectRequest;
 use understudy_proto::rpc::epoch::{Hello, ProbeReply, ProbeRequest};
+use understudy_proto::rpc::transport::Security;
 use understudy_proto::rpc::{EpochsClient, Failure, FailureKind, transport};
 
 use crate::agent::{Agent, Barrier, Gate, LibvirtGuest, Output, Plan};
@@ -42,13 +43,9 @@ pub async fn examine(
     agent: &Arc<Agent>,
     request: &ProtectRequest,
 ) -> Result<(ProtectedGuest, Plan), Failure> {
-    if !request.insecure {
-        return Err(Failure::new(
-            FailureKind::FailedPrecondition,
-            "tls-missing",
-            "replication is not encrypted in this version, and --insecure was not given",
-        )
-        .with_remedy("use a network that only the two hosts share, and give --insecure"));
+    let security = agent.config.security(request.insecure);
+    if let Security::Tls(files) = &security {
+        files.client_config().map_err(transport::tls_files)?;
     }
     let epoch = match request.epoch {
         Some(epoch) => config::epoch(u32::try_from(epoch.as_millis()).unwrap_or(u32::MAX)),
@@ -58,7 +55,7 @@ pub async fn examine(
         epoch.map_err(|mistake| Failure::new(FailureKind::InvalidArgument, "epoch-length", mistake))?;
     let facts = facts(agent, &request.domain).await?;
     let id = GuestId(facts.domain.uuid());
-    let probe = probe(&request.to, id, &facts.guest.facts.machine).await;
+    let probe = probe(&request.to, &security, id, &facts.guest.facts.machine).await;
     let generation = generation(&facts, probe.as_ref().ok())?;
     let inputs = Inputs {
         guest: facts.guest.clone(),
@@ -82,6 +79,7 @@ pub async fn examine(
         guest: id,
         name: facts.domain.name().to_owned(),
         to: request.to.clone(),
+        insecure: request.insecure,
         epoch_ms: u32::try_from(epoch.as_millis()).unwrap_or(u32::MAX),
         generation,
         ungated: request.ungated,
@@ -113,7 +111,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     result.map_err(|error| Failure::new(FailureKind::Internal, "agent", error.to_string()))
 }
 
-fn libvirt_failure(error: LibvirtError) -> Failure {
+pub(crate) fn libvirt_failure(error: LibvirtError) -> Failure {
     let kind = match &error {
         LibvirtError::NoDomain { .. } => {
             return Failure::new(FailureKind::NotFound, "no-domain", error.to_string());
@@ -149,7 +147,7 @@ async fn facts(agent: &Arc<Agent>, key: &str) -> Result<Facts, Failure> {
 }
 
 /// What the backup agent of this host remembers of the guest. After a failover to here it alone knows the generation.
-fn local_record(state_dir: &Path, guest: GuestId) -> Result<Option<ControlFile>, Failure> {
+pub(crate) fn local_record(state_dir: &Path, guest: GuestId) -> Result<Option<ControlFile>, Failure> {
     let path = state_dir.join(control::FOLDER).join(control::file_name(guest));
     let unusable = |reason: String| {
         Failure::new(FailureKind::FailedPrecondition, "control-file", format!("{}: {reason}", path.display()))
@@ -162,15 +160,49 @@ fn local_record(state_dir: &Path, guest: GuestId) -> Result<Option<ControlFile>,
     }
 }
 
-async fn probe(host: &str, guest: GuestId, machine: &str) -> Result<ProbeReply, Failure> {
+async fn probe(
+    host: &str,
+    security: &Security,
+    guest: GuestId,
+    machine: &str,
+) -> Result<ProbeReply, Failure> {
     let request =
         ProbeRequest { offer: Offer::ours(), guest: Some(guest), machine: Some(machine.to_owned()) };
+    let reply = probe_with(host, security, request, PROBE_LIMIT).await;
+    match reply {
+        Err(failure) if *security == Security::Plain && transport::wants_tls(host).await => {
+            let reason = format!("{}; it wants TLS: leave out --insecure", failure.reason);
+            Err(Failure { reason, ..failure })
+        }
+        reply => reply,
+    }
+}
+
+/// Whether a backup answers at all and could work with this agent. Asks libvirt nothing.
+///
+/// # Errors
+/// Why not.
+pub async fn reach(host: &str, security: &Security, limit: Duration) -> Result<(), Failure> {
+    let request = ProbeRequest { offer: Offer::ours(), guest: None, machine: None };
+    let reply = probe_with(host, security, request, limit).await?;
+    match negotiate::select(&Offer::ours(), &reply.offer) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Failure::new(FailureKind::FailedPrecondition, "incompatible", error.to_string())),
+    }
+}
+
+async fn probe_with(
+    host: &str,
+    security: &Security,
+    request: ProbeRequest,
+    limit: Duration,
+) -> Result<ProbeReply, Failure> {
     let asking = async {
-        let channel = transport::connect_plaintext(host).await?;
+        let channel = transport::connect(host, security).await?;
         EpochsClient::new(channel).probe(request).await
     };
-    tokio::time::timeout(PROBE_LIMIT, asking).await.unwrap_or_else(|_| {
-        let reason = format!("no answer within {} s", PROBE_LIMIT.as_secs());
+    tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| {
+        let reason = format!("no answer within {:.1} s", limit.as_secs_f64());
         Err(Failure::new(FailureKind::Unavailable, "unreachable", reason))
     })
 }
@@ -312,6 +344,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
             persistent: facts.persistent,
         },
         to: wanted.to.clone(),
+        security: agent.config.security(wanted.insecure),
         settings: Settings {
             generation: wanted.generation,
             epoch: Duration::from_millis(wanted.epoch_ms.into()),

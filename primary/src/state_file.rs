@@ -93,6 +93,7 @@ mod tests {
             guest: GuestId(uuid::Uuid::from_u128(7)),
             name: "web".into(),
             to: "beta".into(),
+            insecure: true,
             epoch_ms: 100,
             generation: Generation(2),
             ungated: false,

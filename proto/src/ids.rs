@@ -46,7 +46,7 @@ impl EpochId {
 
 /// One life of a backup agent, drawn at random when it starts. An image does not outlive its agent, so a
 /// primary that meets another incarnation must send everything again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Incarnation(pub uuid::Uuid);
 

@@ -11,10 +11,12 @@ pub mod digest;
 pub mod epoch;
 pub mod error;
 pub mod frame;
+pub mod heartbeat;
 pub mod ids;
 pub mod layout;
 pub mod limits;
 pub mod negotiate;
+pub mod ownership;
 pub mod protected;
 pub mod qemu;
 #[cfg(feature = "rpc")]

@@ -49,6 +49,9 @@ pub struct ProtectedGuest {
     pub name: String,
     /// The backup, as the operator named it.
     pub to: String,
+    /// It is replicated without TLS. A file of before there was TLS does not say so.
+    #[serde(default = "yes")]
+    pub insecure: bool,
     /// Length of an epoch, in milliseconds.
     pub epoch_ms: u32,
     /// Its owner.
@@ -56,6 +59,10 @@ pub struct ProtectedGuest {
     /// Its output is let through as it comes.
     #[serde(default)]
     pub ungated: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A state file that cannot be used, in words.
@@ -121,6 +128,7 @@ mod tests {
             guest: GuestId(uuid::Uuid::from_u128(7)),
             name: "web".into(),
             to: "beta".into(),
+            insecure: true,
             epoch_ms: 100,
             generation: Generation(2),
             ungated: false,

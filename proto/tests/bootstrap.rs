@@ -3,7 +3,11 @@
 
 use std::path::Path;
 
-const PROTOS: [&str; 2] = ["understudy/epoch/v1/epoch.proto", "understudy/admin/v1/admin.proto"];
+const PROTOS: [&str; 3] = [
+    "understudy/epoch/v1/epoch.proto",
+    "understudy/admin/v1/admin.proto",
+    "understudy/witness/v1/witness.proto",
+];
 
 #[test]
 fn generated_code_is_current() {

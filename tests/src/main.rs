@@ -45,6 +45,15 @@ enum Command {
         /// Which one
         name: testing::Campaign,
     },
+    /// Simulates two hosts and an arbiter of which everything fails, once for each seed
+    Sim {
+        /// How many seeds
+        #[arg(long, value_name = "N", default_value_t = 100_000)]
+        seeds: u64,
+        /// The first one
+        #[arg(long, value_name = "S", default_value_t = 1)]
+        start: u64,
+    },
     /// Two real hosts on this machine
     Lab(lab::cli::LabArgs),
     /// Shows a guest surviving the death of its host
@@ -109,6 +118,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Setup => setup::ensure().map(|()| 0),
         Command::Test { only, scenario, root } => testing::run(&only, &scenario, root.roots()),
         Command::Campaign { name } => testing::campaign(name),
+        Command::Sim { seeds, start } => testing::sim::run(start, seeds),
         Command::Lab(args) => lab::cli::main(args),
         Command::Demo { json } => {
             process::ensure_root()?;

@@ -1,11 +1,13 @@
 //! What the supervisor is told at its start.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 use crate::bound;
+use crate::owner::{LostBackup, Policies, QemuCrash, Timing};
 
 /// Lets guests run that a primary agent of this host has left stopped, because it died or hangs.
 #[derive(Debug, Clone, Parser)]
@@ -23,6 +25,52 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value_t = default_hung_after_ms())]
     pub hung_after_ms: u64,
 
+    /// The agents' folder of sockets.
+    #[arg(long, value_name = "DIR", default_value = "/run/understudy")]
+    pub run_dir: PathBuf,
+
+    /// Where the watchdog of the other host listens for heartbeats; once for every network both hosts are on. With
+    /// --witness-at, or with --fence, this makes promotion automatic.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub peer: Vec<SocketAddr>,
+
+    /// Where this one listens for them.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:7422")]
+    pub listen_heartbeats: SocketAddr,
+
+    /// The witness, which decides who runs a guest: in a third place, 7421 if no port is given.
+    #[arg(long, value_name = "HOST[:PORT]", conflicts_with = "fence")]
+    pub witness_at: Option<String>,
+
+    /// Instead of a witness: a fence agent that switches the other host off. Its options come from --fence-options.
+    #[arg(long, value_name = "PROGRAM", requires = "fence_options")]
+    pub fence: Option<PathBuf>,
+
+    /// File of the fence agent's options, one key=value a line.
+    #[arg(long, value_name = "FILE")]
+    pub fence_options: Option<PathBuf>,
+
+    /// When the backup is lost: hold the guest's output until there is one again, or let it run unprotected.
+    #[arg(long, value_enum, default_value_t = OnLostBackup::Hold)]
+    pub on_lost_backup: OnLostBackup,
+
+    /// When the guest's QEMU hangs and its host does not: let the backup take over, or leave it. One that crashes ends
+    /// the protection in any case; the backup keeps its copy.
+    #[arg(long, value_enum, default_value_t = OnQemuCrash::Failover)]
+    pub on_qemu_crash: OnQemuCrash,
+
+    /// Silence after which the primary is suspected, in milliseconds.
+    #[arg(long, value_name = "N", default_value_t = 1500)]
+    pub suspect_after_ms: u64,
+
+    /// Serve as witness on this address, and do nothing else.
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["peer", "witness_at", "fence"])]
+    pub witness: Option<SocketAddr>,
+
+    /// Where the witness keeps its records.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/understudy-witness")]
+    pub witness_dir: PathBuf,
+
     /// Log filter as for tracing, for example `info,understudy_watchdog=debug`.
     #[arg(long, value_name = "FILTER", env = "UNDERSTUDY_LOG", default_value = "info")]
     pub log: String,
@@ -31,6 +79,27 @@ pub struct Config {
     #[arg(long)]
     pub log_json: bool,
 }
+
+/// See [`crate::owner::LostBackup`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnLostBackup {
+    /// Output waits.
+    Hold,
+    /// The guest runs unprotected.
+    Solo,
+}
+
+/// See [`crate::owner::QemuCrash`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnQemuCrash {
+    /// The backup takes over.
+    Failover,
+    /// Nothing is done.
+    Leave,
+}
+
+/// Below this an ordinary pause of a busy host could be taken for a death; above it nobody would wait.
+const SUSPECT_AFTER_MS: std::ops::RangeInclusive<u64> = 300..=600_000;
 
 /// Below this an ordinary stop could be taken for one that hangs.
 const MIN_HUNG_AFTER_MS: u64 = 1000;
@@ -47,6 +116,31 @@ impl Config {
         Duration::from_millis(self.hung_after_ms)
     }
 
+    /// Whether guests are to be promoted without anybody.
+    pub fn is_automatic(&self) -> bool {
+        !self.peer.is_empty()
+    }
+
+    /// What the operator has chosen.
+    pub fn policies(&self) -> Policies {
+        Policies {
+            lost_backup: match self.on_lost_backup {
+                OnLostBackup::Hold => LostBackup::Hold,
+                OnLostBackup::Solo => LostBackup::Solo,
+            },
+            qemu_crash: match self.on_qemu_crash {
+                OnQemuCrash::Failover => QemuCrash::Failover,
+                OnQemuCrash::Leave => QemuCrash::Leave,
+            },
+        }
+    }
+
+    /// How long things may take. The backup is suspected in two thirds of the time the primary is.
+    pub fn timing(&self) -> Timing {
+        let primary_silent = Duration::from_millis(self.suspect_after_ms);
+        Timing { primary_silent, backup_silent: primary_silent * 2 / 3, ..Timing::default() }
+    }
+
     /// Everything that is wrong with it, one sentence each.
     pub fn mistakes(&self) -> Vec<String> {
         let mut mistakes = Vec::new();
@@ -58,6 +152,16 @@ impl Config {
                 "--hung-after-ms is {}: give {MIN_HUNG_AFTER_MS} to {MAX_HUNG_AFTER_MS}",
                 self.hung_after_ms
             ));
+        }
+        let arbiter = self.witness_at.is_some() || self.fence.is_some();
+        if self.is_automatic() != arbiter {
+            let (is, lacks) =
+                if arbiter { ("an arbiter", "--peer") } else { ("--peer", "--witness-at or --fence") };
+            mistakes.push(format!("{is} is given without {lacks}: who runs a guest takes both"));
+        }
+        if !SUSPECT_AFTER_MS.contains(&self.suspect_after_ms) {
+            let (from, to) = (SUSPECT_AFTER_MS.start(), SUSPECT_AFTER_MS.end());
+            mistakes.push(format!("--suspect-after-ms is {}: give {from} to {to}", self.suspect_after_ms));
         }
         if let Err(error) = self.log.parse::<tracing_subscriber::EnvFilter>() {
             mistakes.push(format!("--log is {:?}: {error}", self.log));
@@ -76,6 +180,23 @@ mod tests {
         let config = Config::try_parse_from(args).unwrap();
         assert_eq!(config.mistakes().len(), 3, "{:?}", config.mistakes());
         assert_eq!(Config::try_parse_from(["understudy-watchdog"]).unwrap().mistakes(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn promotion_is_automatic_only_with_a_peer_and_an_arbiter() {
+        let parse = |args: &[&str]| {
+            Config::try_parse_from(["understudy-watchdog"].iter().chain(args)).map(|config| {
+                let mistakes = config.mistakes().len();
+                (config.is_automatic(), mistakes)
+            })
+        };
+        assert_eq!(parse(&[]).unwrap(), (false, 0));
+        assert_eq!(parse(&["--peer", "10.0.0.2:7422"]).unwrap(), (true, 1));
+        assert_eq!(parse(&["--witness-at", "w"]).unwrap(), (false, 1));
+        assert_eq!(parse(&["--peer", "10.0.0.2:7422", "--witness-at", "w"]).unwrap(), (true, 0));
+        assert_eq!(parse(&["--suspect-after-ms", "10"]).unwrap().1, 1);
+        assert!(parse(&["--witness", "0.0.0.0:7421", "--peer", "10.0.0.2:7422"]).is_err());
+        assert!(parse(&["--peer", "10.0.0.2:7422", "--witness-at", "w", "--fence", "f"]).is_err());
     }
 
     #[test]

@@ -8,13 +8,17 @@
 //! It only ever lets a guest *run*. It opens nothing for the guest's output: whatever held that when the agent died goes
 //! on holding it (invariant 7), until an agent is back and has committed what the guest did.
 
+pub mod arbiter;
 pub mod bound;
 pub mod config;
 pub mod engine;
+pub mod keeper;
 pub mod life;
 pub mod look;
 pub mod monitor;
+pub mod owner;
 pub mod record;
 pub mod supervisor;
+pub mod witness;
 
 mod worker;

@@ -78,6 +78,14 @@ pub enum Event {
         /// That the old host cannot run the guest is vouched for.
         i_have_fenced: bool,
     },
+    /// The watchdog has claimed the guest: promote, but wait for [`Event::Confirm`] before it may run. The claim is the
+    /// licence that an operator would otherwise have to give.
+    Claimed,
+    /// The claim is confirmed, or is not.
+    Confirm {
+        /// The guest may run.
+        proceed: bool,
+    },
     /// An operator gives up what is here of the guest; [`super::Engine::may_release`] has agreed.
     Release,
     /// Time has passed.

@@ -28,7 +28,7 @@ mod tests;
 use crate::assembly::{Attempt, Fault, Proof};
 use crate::promoter::{LocalDomain, PromoteError};
 pub use event::{Command, ConnectionId, Event, Identity, Way};
-use promotion::Promotion;
+use promotion::{Hold, Promotion};
 use standby::{Memory, StandbyPhase};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -256,7 +256,9 @@ impl Engine {
             Event::Loaded(result) => self.loaded(result, now, &mut out),
             Event::Activated(result) => self.activated(result, now, &mut out),
             Event::Discarded(result) => self.discarded(result, now, &mut out),
-            Event::Failover { i_have_fenced } => self.failover(i_have_fenced, now, &mut out),
+            Event::Failover { i_have_fenced } => self.failover(i_have_fenced, Hold::No, now, &mut out),
+            Event::Claimed => self.failover(true, Hold::UntilConfirmed, now, &mut out),
+            Event::Confirm { proceed } => self.confirm(proceed, now, &mut out),
             Event::Release => self.release("an operator gave up what was here of the guest".into(), &mut out),
             Event::Tick => self.tick(now, &mut out),
             Event::Shutdown => {
@@ -407,6 +409,7 @@ impl Engine {
             self.control_written = Some(now);
             self.write_control(false, out);
         }
+        self.confirmation_due(now, out);
         self.look_after_standby(now, out);
     }
 }

@@ -9,7 +9,7 @@ use crate::promoter::{Activation, PromoteError};
 use std::time::{Duration, Instant};
 use understudy_proto::control::Role;
 use understudy_proto::ids::{EpochId, Generation};
-use understudy_proto::rpc::admin::{FailoverReport, Progress};
+use understudy_proto::rpc::admin::{FailoverReport, LOADED, Progress};
 use understudy_proto::rpc::epoch::{EpochRef, RefusedCode};
 use understudy_proto::rpc::{Failure, FailureKind};
 
@@ -23,16 +23,31 @@ enum Stage {
     Prepare,
     /// The image goes into it.
     Load,
+    /// The claim is to be confirmed.
+    Confirm,
     /// The new generation is written.
     Record,
     /// It is let run.
     Activate,
 }
 
+/// Whether somebody must say once more that the guest may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// It runs as soon as it can.
+    No,
+    /// When it is loaded the claim is confirmed, or the promotion given up.
+    UntilConfirmed,
+}
+
+/// How long a loaded guest waits for the confirmation: longer than the other host waits before it takes the guest back.
+const CONFIRM_LIMIT: Duration = Duration::from_secs(60);
+
 /// A promotion under way.
 #[derive(Debug)]
 pub(super) struct Promotion {
     stage: Stage,
+    hold: Hold,
     epoch: EpochId,
     /// The generation before this promotion took its own.
     before: Generation,
@@ -55,8 +70,15 @@ impl Promotion {
 }
 
 impl Engine {
-    pub(super) fn failover(&mut self, i_have_fenced: bool, now: Instant, out: &mut Vec<Command>) {
+    pub(super) fn failover(&mut self, i_have_fenced: bool, hold: Hold, now: Instant, out: &mut Vec<Command>) {
         if let Err(failure) = self.may_promote(i_have_fenced) {
+            out.push(Command::FailoverDone(Box::new(Err(failure))));
+            return;
+        }
+        if self.held.is_none() && hold == Hold::UntilConfirmed {
+            // After a restart in the middle of a promotion the new generation is recorded already.
+            let text = format!("guest {} is loaded and recorded already", self.record.name);
+            let failure = Failure::new(FailureKind::FailedPrecondition, "already-loaded", text);
             out.push(Command::FailoverDone(Box::new(Err(failure))));
             return;
         }
@@ -73,6 +95,7 @@ impl Engine {
         }
         let promotion = |stage, epoch| Promotion {
             stage,
+            hold,
             epoch,
             before: self.record.generation,
             started: now,
@@ -201,7 +224,50 @@ impl Engine {
             out.push(Command::Progress(Progress::step("prepare", text)));
             return self.discard(out);
         }
-        promotion.load = promotion.enter(Stage::Record, now);
+        promotion.load = promotion.enter(Stage::Confirm, now);
+        match promotion.hold {
+            Hold::No => self.take_generation(now, out),
+            Hold::UntilConfirmed => {
+                let text = "loaded, waiting for the claim to be confirmed";
+                out.push(Command::Progress(Progress::step(LOADED, text)));
+            }
+        }
+    }
+
+    /// The claim is confirmed: nobody else may run the guest any more. Or it is not.
+    pub(super) fn confirm(&mut self, proceed: bool, now: Instant, out: &mut Vec<Command>) {
+        if self.promotion.as_ref().is_none_or(|p| p.hold == Hold::No) {
+            return;
+        }
+        if !proceed {
+            let stage = self.promotion.as_ref().map(|p| p.stage);
+            // What is recorded goes on.
+            if !matches!(stage, Some(Stage::Record | Stage::Activate)) {
+                self.promotion_failed(PromoteError::new("the claim was given up"), out);
+            }
+        } else if self.promotion.as_ref().is_some_and(|p| p.stage == Stage::Confirm) {
+            self.take_generation(now, out);
+        }
+    }
+
+    /// Whether a confirmation would be heard.
+    pub fn awaits_confirmation(&self) -> bool {
+        self.promotion.as_ref().is_some_and(|p| p.stage == Stage::Confirm)
+    }
+
+    /// Gives a promotion up that nobody confirms.
+    pub(super) fn confirmation_due(&mut self, now: Instant, out: &mut Vec<Command>) {
+        let waiting = self.promotion.as_ref().filter(|p| p.stage == Stage::Confirm);
+        if waiting.is_some_and(|p| now.saturating_duration_since(p.stage_began) >= CONFIRM_LIMIT) {
+            let error = PromoteError::new(format!("nobody confirmed the claim within {CONFIRM_LIMIT:?}"));
+            self.promotion_failed(error, out);
+        }
+    }
+
+    /// Writes the new generation; the guest runs when that is on disk.
+    fn take_generation(&mut self, now: Instant, out: &mut Vec<Command>) {
+        let Some(promotion) = self.promotion.as_mut() else { return };
+        promotion.enter(Stage::Record, now);
         self.record.role = Role::Promoting;
         self.record.generation = self.record.generation.next();
         self.record.last_committed = Some(promotion.epoch);

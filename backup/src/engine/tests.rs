@@ -12,6 +12,8 @@ use understudy_proto::rpc::epoch::{
     BackupMessage, Begin, DevicePiece, GoodbyeReason, Hello, Pages, PrimaryMessage, RefusedCode, RejectCode,
 };
 
+mod hold;
+
 const GUEST: GuestId = GuestId(uuid::Uuid::from_u128(1));
 
 /// An engine with a clock and the connection numbers a test needs.

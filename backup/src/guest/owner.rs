@@ -102,6 +102,7 @@ fn status(engine: &Engine, stats: &Stats, versions: &(String, String), now: Inst
     (status.qemu, status.libvirt) = versions.clone();
     status.detail = engine.detail();
     status.failover = engine.report().cloned();
+    status.incarnation = Some(record.incarnation);
     status
 }
 
@@ -276,7 +277,7 @@ impl Owner {
                 self.happen(called.into()).await;
             }
             Action::Request(Request::Connect(connect)) => self.connect(*connect).await,
-            Action::Request(Request::Failover { i_have_fenced, asking }) => {
+            Action::Request(Request::Failover { i_have_fenced, hold, asking }) => {
                 if self.asking.is_some() {
                     let failure = Failure::new(
                         FailureKind::FailedPrecondition,
@@ -287,8 +288,15 @@ impl Owner {
                     let _ = asking.try_send(Err(failure.retryable()));
                 } else {
                     self.asking = Some(asking);
-                    self.happen(Event::Failover { i_have_fenced }).await;
+                    let event = if hold { Event::Claimed } else { Event::Failover { i_have_fenced } };
+                    self.happen(event).await;
                 }
+            }
+            Action::Request(Request::Confirm(proceed, reply)) => {
+                let waits = self.engine.awaits_confirmation();
+                self.happen(Event::Confirm { proceed }).await;
+                // Whoever asked may have gone.
+                let _ = reply.send(if waits || !proceed { Ok(()) } else { Err(self.nothing_waits()) });
             }
             Action::Request(Request::Release(reply)) => {
                 let may = self.engine.may_release();
@@ -317,6 +325,11 @@ impl Owner {
             Action::Tick => self.happen(Event::Tick).await,
             Action::Request(Request::Shutdown(_)) | Action::Stop(_) => (),
         }
+    }
+
+    fn nothing_waits(&self) -> Failure {
+        let text = format!("no failover of guest {} waits for a confirmation", self.engine.record().name);
+        Failure::new(FailureKind::FailedPrecondition, "nothing-waits", text)
     }
 
     async fn connect(&mut self, connect: Connect) {

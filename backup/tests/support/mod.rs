@@ -213,7 +213,7 @@ impl Backup {
         let (stop, stopped) = oneshot::channel::<()>();
         let served = tokio::spawn(async move {
             let stopped = async { drop(stopped.await) };
-            sockets.serve(agent, stopped).await.unwrap();
+            sockets.serve(agent, transport::Security::Plain, stopped).await.unwrap();
         });
         Self { dir, promoter, address, stop, served }
     }
@@ -236,7 +236,7 @@ impl Backup {
     }
 
     pub async fn failover(&self, i_have_fenced: bool) -> Result<Vec<Progress>, Failure> {
-        let request = FailoverRequest { domain: "web".into(), i_have_fenced };
+        let request = FailoverRequest { domain: "web".into(), i_have_fenced, hold: false };
         let mut stream = in_time("failover answers", self.admin().await.failover(request)).await?;
         let mut steps = Vec::new();
         while let Some(step) = in_time("failover goes on", stream.next()).await {

@@ -1,5 +1,7 @@
 //! The XML of a standby, made from that of the guest it stands by for.
 
+use understudy_hook::metadata::{COMMAND_NAMESPACE, STATE_NAMESPACE};
+
 use super::XmlError;
 use super::tree::{Element, Node};
 
@@ -47,6 +49,7 @@ pub fn portable_xml(migratable: &str, live: &str) -> Result<String, XmlError> {
         }
     }
     forget_standby(&mut root);
+    forget_reports(&mut root);
     Ok(root.write())
 }
 
@@ -199,6 +202,18 @@ fn may_share(root: &Element) -> Result<(), XmlError> {
 fn forget_standby(root: &mut Element) {
     forget_incoming(root);
     forget_shared(root);
+}
+
+/// Takes out what an agent reported or was told of the guest where it ran; what its owner wants of it stays.
+fn forget_reports(root: &mut Element) {
+    let ours = |element: &Element| {
+        let spoken = |uri: &str| [STATE_NAMESPACE, COMMAND_NAMESPACE].contains(&uri);
+        element.attributes.iter().any(|(name, value)| name.starts_with("xmlns") && spoken(value))
+    };
+    if let Some(metadata) = root.child_mut("metadata") {
+        metadata.remove(ours);
+    }
+    root.remove(|element| element.name == "metadata" && element.elements().next().is_none());
 }
 
 /// Gives the guest back the `<memoryBacking>` of its own.

@@ -275,3 +275,19 @@ fn machine_types_of_an_architecture() {
     assert_eq!(types.into_iter().collect::<Vec<_>>(), ["pc", "pc-i440fx-7.2", "pc-q35-7.2"]);
     assert!(machine_types("<domain/>", "x86_64").is_err());
 }
+
+#[test]
+fn what_was_reported_of_a_guest_does_not_go_to_another_host() {
+    let with = |inside: &str| {
+        format!(
+            "<domain><name>a</name><uuid>1</uuid>{inside}<os><type machine='pc-q35-7.2'>hvm</type></os></domain>"
+        )
+    };
+    let wish = "<u:protect xmlns:u='urn:understudy:domain:1' enabled='yes' backup='b'/>";
+    let state = "<s:state xmlns:s='urn:understudy:state:1' value='protected'/>";
+    let command = "<failover xmlns='urn:understudy:command:1'/>";
+    let xml = with(&format!("<metadata>{wish}{state}{command}</metadata>"));
+    assert_eq!(portable_xml(&xml, &xml).unwrap().trim(), with(&format!("<metadata>{wish}</metadata>")));
+    let xml = with(&format!("<metadata>{state}</metadata>"));
+    assert_eq!(portable_xml(&xml, &xml).unwrap().trim(), with(""));
+}

@@ -13,11 +13,14 @@ use virt::error::Error;
 use virt_sys::{virConnectPtr, virDomainPtr};
 
 use super::link::Link;
-use crate::event::{DomainEvent, Lifecycle, QmpEvent};
+use crate::event::{DomainChange, DomainEvent, HostEvent, Lifecycle, QmpEvent};
 
 /// Where the events of a subscription go. Called on libvirt's event thread: it must not block.
 pub(crate) trait Sink: Send + Sync {
     fn accept(&self, event: DomainEvent);
+
+    /// The same for a subscription to all domains of a host.
+    fn accept_host(&self, _event: HostEvent) {}
 }
 
 /// The sinks of all live subscriptions, by the number that libvirt was given in place of a pointer.
@@ -169,6 +172,44 @@ pub(crate) fn subscribe_devices(
     ])
 }
 
+/// Subscribes to the starts and ends of all domains, and to changes of their metadata.
+pub(crate) fn subscribe_host(connect: &Link, sink: &Arc<dyn Sink>) -> Result<[Subscription; 2], Error> {
+    type Generic = unsafe extern "C" fn(virConnectPtr, virDomainPtr, *mut c_void);
+    type OnLifecycle = unsafe extern "C" fn(virConnectPtr, virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
+    type OnMetadata = unsafe extern "C" fn(virConnectPtr, virDomainPtr, c_int, *const c_char, *mut c_void);
+    let register = |event: c_uint, callback: Generic| {
+        let token = Token::new(Arc::clone(sink));
+        // SAFETY: the connection is valid while its owner lives, and libvirt takes a reference of its own; no domain stands
+        // for all of them; `opaque` is only handed back, and needs no freeing.
+        let id = unsafe {
+            virt_sys::virConnectDomainEventRegisterAny(
+                connect.as_ptr(),
+                ptr::null_mut(),
+                event.cast_signed(),
+                Some(callback),
+                token.opaque(),
+                None,
+            )
+        };
+        if id < 0 {
+            return Err(Error::last_error());
+        }
+        Ok(Subscription { connect: connect.clone(), id, qmp: false, token })
+    };
+    // SAFETY: libvirt's documented way: the callback of an event is passed as the generic type, and cast back by libvirt to
+    // the type that belongs to the event before it is called; all are plain C function pointers.
+    let (lifecycle, metadata) = unsafe {
+        (
+            std::mem::transmute::<OnLifecycle, Generic>(on_host_lifecycle),
+            std::mem::transmute::<OnMetadata, Generic>(on_host_metadata),
+        )
+    };
+    Ok([
+        register(virt_sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle)?,
+        register(virt_sys::VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, metadata)?,
+    ])
+}
+
 /// Subscribes to all events of QEMU's monitor of `domain`.
 pub(crate) fn subscribe_qmp(
     connect: &Link,
@@ -258,6 +299,46 @@ unsafe extern "C" fn on_lifecycle(
 
 unsafe extern "C" fn on_device(_: virConnectPtr, _: virDomainPtr, _: *const c_char, opaque: *mut c_void) {
     deliver(opaque, || DomainEvent::Devices);
+}
+
+unsafe extern "C" fn on_host_lifecycle(
+    _: virConnectPtr,
+    domain: virDomainPtr,
+    event: c_int,
+    detail: c_int,
+    opaque: *mut c_void,
+) -> c_int {
+    let kind = lifecycle(event);
+    // Every checkpoint of every guest suspends and resumes it.
+    if matches!(kind, Lifecycle::Started | Lifecycle::Stopped) {
+        let change = DomainChange::Lifecycle { kind, detail: detail_name(kind, detail) };
+        deliver_host(domain, change, opaque);
+    }
+    0
+}
+
+unsafe extern "C" fn on_host_metadata(
+    _: virConnectPtr,
+    domain: virDomainPtr,
+    _: c_int,
+    uri: *const c_char,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes null or a NUL-terminated string that lives until the callback returns.
+    let uri = (!uri.is_null()).then(|| unsafe { CStr::from_ptr(uri) }.to_string_lossy().into_owned());
+    deliver_host(domain, DomainChange::Metadata { uri: uri.unwrap_or_default() }, opaque);
+}
+
+fn deliver_host(domain: virDomainPtr, change: DomainChange, opaque: *mut c_void) {
+    let mut uuid = [0_u8; 16];
+    // SAFETY: libvirt passes a domain that is valid until the callback returns, and writes the 16 bytes of a UUID.
+    let status = unsafe { virt_sys::virDomainGetUUID(domain, uuid.as_mut_ptr()) };
+    let sink = sinks().by_token.get(&opaque.addr()).cloned();
+    if let Some(sink) = sink
+        && status == 0
+    {
+        sink.accept_host(HostEvent::Domain { domain: uuid::Uuid::from_bytes(uuid), change });
+    }
 }
 
 unsafe extern "C" fn on_qmp(

@@ -10,7 +10,7 @@ mod event_loop;
 mod link;
 
 pub(crate) use callback::{
-    CloseWatch, Sink, Subscription, subscribe_devices, subscribe_lifecycle, subscribe_qmp,
+    CloseWatch, Sink, Subscription, subscribe_devices, subscribe_host, subscribe_lifecycle, subscribe_qmp,
 };
 pub(crate) use command::monitor_command_with_fd;
 pub(crate) use event_loop::start_event_loop;

@@ -12,6 +12,7 @@ use understudy_proto::epoch::EpochKind;
 use understudy_proto::ids::{EpochId, GuestId};
 use understudy_proto::rpc::admin::{AgentRole, GuestState, GuestStatus};
 use understudy_proto::rpc::epoch::{GoodbyeReason, Hello};
+use understudy_proto::rpc::transport::Security;
 
 use super::capturer::{self, Barrier, Call, Capturer};
 use super::host::GuestHost;
@@ -42,6 +43,8 @@ pub struct Plan {
     pub hello: Hello,
     /// The backup as the operator named it.
     pub to: String,
+    /// How the epochs travel there.
+    pub security: Security,
     /// Pace and identity.
     pub settings: Settings,
     /// libvirt on this host, for status.
@@ -122,7 +125,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     let (replicator, status) =
         (plan.hello.clone(), initial_status(&plan.hello, &plan.to, &plan.libvirt_version));
     let (reports_in, reports) = mpsc::channel(64);
-    let (replicator, orders) = Replicator::new(plan.to.clone(), replicator, reports_in);
+    let (replicator, orders) = Replicator::new(plan.to.clone(), plan.security, replicator, reports_in);
     let sent_bytes = replicator.sent_bytes();
     let encoder = Encoder::start(&name, plan.encoding, replicator.link_meter())?;
     let span = info_span!("guest", domain = name, generation = %plan.settings.generation);

@@ -220,6 +220,17 @@ impl Agent {
         guests.values().filter(|e| guest.is_none_or(|g| g == e.wanted.guest)).map(Entry::status).collect()
     }
 
+    /// What a guest is protected for, how that fares, and its outcome once it is over.
+    pub fn view(&self, guest: GuestId) -> Option<(ProtectedGuest, GuestStatus, Option<Outcome>)> {
+        let guests = self.lock();
+        let entry = guests.get(&guest)?;
+        let outcome = match &entry.state {
+            State::Owned(handle) => handle.snapshot.borrow().outcome.clone(),
+            State::Waiting { .. } => None,
+        };
+        Some((entry.wanted.clone(), entry.status(), outcome))
+    }
+
     /// Ends a protection and waits for its end; forgets one that is over.
     ///
     /// # Errors

@@ -21,6 +21,7 @@ use understudy_proto::rpc::epoch::{
     BackupMessage, EpochRef, GoodbyeReason, Hello, HelloAck, PrimaryMessage, Refused, Reject, RejectCode,
     Standby,
 };
+use understudy_proto::rpc::transport::Security;
 
 use feed::EpochMessages;
 pub(crate) use feed::Part;
@@ -82,6 +83,7 @@ pub enum Report {
 /// The task's inside; see the module's description.
 pub struct Replicator {
     host: String,
+    security: Security,
     hello: Hello,
     orders: mpsc::Receiver<Order>,
     reports: mpsc::Sender<Report>,
@@ -122,10 +124,16 @@ enum Turn {
 
 impl Replicator {
     /// For the guest of `hello` (its session is set per stream) and the backup at `host`. Reports go to `reports`.
-    pub fn new(host: String, hello: Hello, reports: mpsc::Sender<Report>) -> (Self, mpsc::Sender<Order>) {
+    pub fn new(
+        host: String,
+        security: Security,
+        hello: Hello,
+        reports: mpsc::Sender<Report>,
+    ) -> (Self, mpsc::Sender<Order>) {
         let (orders_in, orders) = mpsc::channel(ORDERS);
         let replicator = Self {
             host,
+            security,
             hello,
             orders,
             reports,
@@ -215,7 +223,8 @@ impl Replicator {
                 self.live = None;
                 self.queue.clear();
                 let hello = Hello { session, ..self.hello.clone() };
-                self.opening = Some((session, stream::open(self.host.clone(), hello, after)));
+                let opening = stream::open(self.host.clone(), self.security.clone(), hello, after);
+                self.opening = Some((session, opening));
             }
             Order::Feed(feed) => {
                 self.forget();

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use understudy_proto::rpc::epoch::{BackupMessage, Hello, PrimaryMessage};
+use understudy_proto::rpc::transport::Security;
 use understudy_proto::rpc::{EpochsClient, FallibleStream, transport};
 
 /// A stream on which nothing is heard for so long, not even an answer to a heartbeat, is lost.
@@ -31,10 +32,10 @@ pub(super) struct Live {
 pub(super) type Opening = BoxFuture<'static, Result<Live, String>>;
 
 /// Opens a stream after a pause of half to all of `after`.
-pub(super) fn open(host: String, hello: Hello, after: Duration) -> Opening {
+pub(super) fn open(host: String, security: Security, hello: Hello, after: Duration) -> Opening {
     Box::pin(async move {
         tokio::time::sleep(jittered(after)).await;
-        let channel = transport::connect_plaintext(&host).await.map_err(|failure| failure.reason)?;
+        let channel = transport::connect(&host, &security).await.map_err(|failure| failure.reason)?;
         let session = hello.session;
         let (outbound, messages) = mpsc::channel(OUTBOUND_MESSAGES);
         // The first message never waits: the channel is empty.

@@ -51,6 +51,7 @@ pub(crate) async fn start_with(guest: &FakeGuest, backup: &StubBackup, output: O
     let plan = Plan {
         hello,
         to,
+        security: understudy_proto::rpc::transport::Security::Plain,
         settings,
         libvirt_version: "9.0.0".to_owned(),
         host: Arc::new(guest.clone()),

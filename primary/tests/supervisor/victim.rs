@@ -289,6 +289,7 @@ fn guest() -> ProtectedGuest {
         guest,
         name: "flat".into(),
         to: "nowhere".into(),
+        insecure: true,
         epoch_ms: 5,
         generation: Generation(1),
         ungated: false,

@@ -70,7 +70,21 @@ pub struct FailoverRequest {
     /// The operator vouches that the old host cannot run the guest any more. Needed while its stream is alive.
     #[prost(bool, tag = "2")]
     pub i_have_fenced: bool,
+    /// Load, then wait for Confirm before the guest may run. The step "loaded" says that it waits.
+    #[prost(bool, tag = "50")]
+    pub hold: bool,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfirmRequest {
+    /// Name or UUID.
+    #[prost(string, tag = "1")]
+    pub domain: ::prost::alloc::string::String,
+    /// Let it run. False: give the failover up, the image stays.
+    #[prost(bool, tag = "2")]
+    pub proceed: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfirmReply {}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GuestStatus {
     #[prost(string, tag = "1")]
@@ -130,6 +144,9 @@ pub struct GuestStatus {
     /// Of the failover that made this host run the guest. Absent: there was none.
     #[prost(message, optional, tag = "21")]
     pub failover: ::core::option::Option<FailoverReport>,
+    /// Backup agent: the life of it that holds the image, 16 bytes. Absent: not said by this agent.
+    #[prost(bytes = "bytes", optional, tag = "50")]
+    pub incarnation: ::core::option::Option<::prost::bytes::Bytes>,
     /// What becomes of the guest's output, for people. Empty: not known to this agent.
     #[prost(string, tag = "40")]
     pub output: ::prost::alloc::string::String,
@@ -445,6 +462,28 @@ pub mod admin_client {
                 .insert(GrpcMethod::new("understudy.admin.v1.Admin", "Failover"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// Backup agent: ends the wait of a failover with `hold`.
+        pub async fn confirm(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfirmRequest>,
+        ) -> std::result::Result<tonic::Response<super::ConfirmReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/understudy.admin.v1.Admin/Confirm",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("understudy.admin.v1.Admin", "Confirm"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -503,6 +542,11 @@ pub mod admin_server {
             &self,
             request: tonic::Request<super::FailoverRequest>,
         ) -> std::result::Result<tonic::Response<Self::FailoverStream>, tonic::Status>;
+        /// Backup agent: ends the wait of a failover with `hold`.
+        async fn confirm(
+            &self,
+            request: tonic::Request<super::ConfirmRequest>,
+        ) -> std::result::Result<tonic::Response<super::ConfirmReply>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct AdminServer<T> {
@@ -800,6 +844,49 @@ pub mod admin_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/understudy.admin.v1.Admin/Confirm" => {
+                    #[allow(non_camel_case_types)]
+                    struct ConfirmSvc<T: Admin>(pub Arc<T>);
+                    impl<T: Admin> tonic::server::UnaryService<super::ConfirmRequest>
+                    for ConfirmSvc<T> {
+                        type Response = super::ConfirmReply;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ConfirmRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::confirm(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ConfirmSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -1,6 +1,6 @@
 //! What an operator asks an agent, as agents and command use it.
 
-use crate::ids::{EpochId, Generation, GuestId};
+use crate::ids::{EpochId, Generation, GuestId, Incarnation};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -78,6 +78,20 @@ pub struct FailoverRequest {
     pub domain: String,
     /// The operator vouches that the old host cannot run the guest any more.
     pub i_have_fenced: bool,
+    /// Load, then wait for a [`ConfirmRequest`] before the guest may run. The step [`LOADED`] says that it waits.
+    pub hold: bool,
+}
+
+/// Name of the step with which a failover that is held says that it waits.
+pub const LOADED: &str = "loaded";
+
+/// Ends the wait of a failover that is held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfirmRequest {
+    /// Name or UUID.
+    pub domain: String,
+    /// Let the guest run; otherwise the failover is given up and the image stays.
+    pub proceed: bool,
 }
 
 /// Which agent speaks.
@@ -182,6 +196,8 @@ pub struct GuestStatus {
     pub detail: String,
     /// Of the failover that made this host run the guest.
     pub failover: Option<FailoverReport>,
+    /// Life of the backup agent that says this.
+    pub incarnation: Option<Incarnation>,
     /// What becomes of the guest's output, for people.
     pub output: String,
     /// Bytes that wait for a commit.
@@ -217,6 +233,7 @@ impl GuestStatus {
             libvirt: String::new(),
             detail: String::new(),
             failover: None,
+            incarnation: None,
             output: String::new(),
             output_waiting_bytes: None,
             output_dropped_total: None,

@@ -1,8 +1,9 @@
 //! Generated admin messages to and from domain types.
 
 use super::admin as domain;
-use super::convert::{epoch, generation, guest, optional_text, shortened, text, uuid_bytes};
+use super::convert::{epoch, generation, guest, optional_text, shortened, sixteen, text, uuid_bytes};
 use super::generated::admin as wire;
+use crate::ids::Incarnation;
 use crate::{ProtocolError, limits};
 use std::time::Duration;
 
@@ -138,13 +139,27 @@ impl TryFrom<wire::FailoverRequest> for domain::FailoverRequest {
     type Error = ProtocolError;
 
     fn try_from(m: wire::FailoverRequest) -> Result<Self, ProtocolError> {
-        Ok(Self { domain: text("domain", m.domain)?, i_have_fenced: m.i_have_fenced })
+        Ok(Self { domain: text("domain", m.domain)?, i_have_fenced: m.i_have_fenced, hold: m.hold })
     }
 }
 
 impl From<domain::FailoverRequest> for wire::FailoverRequest {
     fn from(m: domain::FailoverRequest) -> Self {
-        Self { domain: m.domain, i_have_fenced: m.i_have_fenced }
+        Self { domain: m.domain, i_have_fenced: m.i_have_fenced, hold: m.hold }
+    }
+}
+
+impl TryFrom<wire::ConfirmRequest> for domain::ConfirmRequest {
+    type Error = ProtocolError;
+
+    fn try_from(m: wire::ConfirmRequest) -> Result<Self, ProtocolError> {
+        Ok(Self { domain: text("domain", m.domain)?, proceed: m.proceed })
+    }
+}
+
+impl From<domain::ConfirmRequest> for wire::ConfirmRequest {
+    fn from(m: domain::ConfirmRequest) -> Self {
+        Self { domain: m.domain, proceed: m.proceed }
     }
 }
 
@@ -200,6 +215,7 @@ impl TryFrom<wire::GuestStatus> for domain::GuestStatus {
             libvirt: text("libvirt version", m.libvirt)?,
             detail: text("detail", m.detail)?,
             failover: m.failover.map(TryInto::try_into).transpose()?,
+            incarnation: m.incarnation.map(|bytes| incarnation(&bytes)).transpose()?,
             output: text("output", m.output)?,
             output_waiting_bytes: m.output_waiting_bytes,
             output_dropped_total: m.output_dropped_total,
@@ -232,6 +248,7 @@ impl From<domain::GuestStatus> for wire::GuestStatus {
             libvirt: m.libvirt,
             detail: shortened(m.detail),
             failover: m.failover.map(Into::into),
+            incarnation: m.incarnation.map(|life| uuid_bytes(life.0)),
             output: shortened(m.output),
             output_waiting_bytes: m.output_waiting_bytes,
             output_dropped_total: m.output_dropped_total,
@@ -274,6 +291,10 @@ impl From<domain::EncodingReport> for wire::EncodingReport {
             pages: shortened(m.pages),
         }
     }
+}
+
+fn incarnation(bytes: &[u8]) -> Result<Incarnation, ProtocolError> {
+    sixteen("incarnation", bytes).map(|bytes| Incarnation(uuid::Uuid::from_bytes(bytes)))
 }
 
 impl TryFrom<wire::FailoverReport> for domain::FailoverReport {

@@ -1,7 +1,8 @@
 //! Client and server of the service `Admin`, in domain types.
 
 use super::admin::{
-    FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply, UnprotectRequest,
+    ConfirmRequest, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply,
+    UnprotectRequest,
 };
 use super::epoch_service::checked;
 use super::generated::admin as wire;
@@ -27,6 +28,10 @@ pub trait AdminService: Send + Sync + 'static {
     async fn watch(&self, request: StatusRequest) -> Result<FallibleStream<StatusReply>, Failure>;
     /// Starts a guest from its last committed epoch.
     async fn failover(&self, request: FailoverRequest) -> Result<FallibleStream<Progress>, Failure>;
+    /// Ends the wait of a failover that is held.
+    async fn confirm(&self, _request: ConfirmRequest) -> Result<(), Failure> {
+        Err(Failure::wrong_agent("confirm", "backup"))
+    }
 }
 
 /// The service, ready to be added to a [`super::transport::server`].
@@ -90,6 +95,14 @@ impl<S: AdminService> wire::admin_server::Admin for Adapter<S> {
     ) -> Result<Response<Self::FailoverStream>, Status> {
         Ok(wired(self.0.failover(domain(request)?).await?))
     }
+
+    async fn confirm(
+        &self,
+        request: Request<wire::ConfirmRequest>,
+    ) -> Result<Response<wire::ConfirmReply>, Status> {
+        self.0.confirm(domain(request)?).await?;
+        Ok(Response::new(wire::ConfirmReply {}))
+    }
 }
 
 /// The operator's side of the service.
@@ -146,5 +159,14 @@ impl AdminClient {
     /// What the agent answers.
     pub async fn failover(&mut self, request: FailoverRequest) -> Result<FallibleStream<Progress>, Failure> {
         Ok(checked(self.0.failover(wire::FailoverRequest::from(request)).await?.into_inner()))
+    }
+
+    /// Ends the wait of a failover that is held.
+    ///
+    /// # Errors
+    /// What the agent answers: also that none waits.
+    pub async fn confirm(&mut self, request: ConfirmRequest) -> Result<(), Failure> {
+        self.0.confirm(wire::ConfirmRequest::from(request)).await?;
+        Ok(())
     }
 }

@@ -8,8 +8,11 @@ mod convert;
 pub mod epoch;
 mod epoch_convert;
 mod epoch_service;
+mod secure;
 pub mod status;
+mod tls;
 pub mod transport;
+pub mod witness;
 
 pub use admin_service::{AdminClient, AdminService, admin_routes};
 pub use epoch_service::{EpochService, EpochsClient, Inbound, Outbound, epoch_routes};
@@ -29,5 +32,8 @@ mod generated {
     }
     pub(super) mod admin {
         include!("../gen/understudy.admin.v1.rs");
+    }
+    pub(super) mod witness {
+        include!("../gen/understudy.witness.v1.rs");
     }
 }

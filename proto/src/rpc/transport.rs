@@ -1,7 +1,10 @@
 //! How connections between agents are set up: both sides take their settings from here, so they cannot differ.
 
 use crate::limits;
-use crate::rpc::status::Failure;
+pub use crate::rpc::secure::{Secure, secured};
+use crate::rpc::status::{Failure, FailureKind};
+pub use crate::rpc::tls::{PKI_DIR, Security, TlsFiles};
+use hyper_util::rt::TokioIo;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -90,6 +93,52 @@ pub async fn connect_plaintext(host: &str) -> Result<Channel, Failure> {
             "check that understudy-backup runs there, listens on that address, and no firewall is in between",
         )
     })
+}
+
+/// Connects to the backup agent at `host` as `security` says. With TLS nothing of ours is sent before both sides have
+/// accepted each other.
+///
+/// # Errors
+/// As [`connect_plaintext`]; `tls` if one side does not accept the other, in words.
+pub async fn connect(host: &str, security: &Security) -> Result<Channel, Failure> {
+    let Security::Tls(files) = security else { return connect_plaintext(host).await };
+    // A mistake of ours is told as it is, and not as a connection that failed.
+    files.client_config().map_err(tls_files)?;
+    let (authority, security) = (authority(host), security.clone());
+    let endpoint = Endpoint::from_shared(format!("http://{authority}"))?;
+    let target = authority.clone();
+    let connector = tower::service_fn(move |_: tonic::transport::Uri| {
+        let (authority, security) = (authority.clone(), security.clone());
+        async move { Secure::connect(&authority, &security).await.map(TokioIo::new) }
+    });
+    configured(endpoint).connect_with_connector(connector).await.map_err(|error| {
+        let failure = Failure::from(error);
+        let is_tls = failure.reason.contains("TLS");
+        let reason = format!("cannot connect to {target}: {}", failure.reason);
+        if is_tls {
+            return Failure::new(FailureKind::FailedPrecondition, "tls", reason).with_remedy(
+                "compare the certificates of the two hosts: same CA, not expired, and a subject alternative name for \
+                 the name that --to says; the log of understudy-backup there says what it refuses",
+            );
+        }
+        Failure { reason, ..failure }.with_remedy(
+            "check that understudy-backup runs there, listens on that address, and no firewall is in between",
+        )
+    })
+}
+
+/// `tls-files`: what [`TlsFiles::client_config`] complains about.
+pub fn tls_files(reason: String) -> Failure {
+    Failure::new(FailureKind::FailedPrecondition, "tls-files", reason).with_remedy(
+        "make the certificates as for libvirt's own TLS (CA/cacert.pem, libvirt/clientcert.pem and \
+         libvirt/private/clientkey.pem in --pki-dir), or give --insecure on a network that only the two hosts share",
+    )
+}
+
+/// Whether whoever listens at `host` expects TLS; for an error message after a plain connection has failed.
+pub async fn wants_tls(host: &str) -> bool {
+    let tried = Secure::connect(&authority(host), &Security::Plain).await;
+    tried.is_err_and(|error| error.to_string().contains("wants TLS"))
 }
 
 /// Connects to the admin socket of an agent of this host.

@@ -9,8 +9,9 @@ use super::state::LabDir;
 use crate::{process, workspace};
 
 /// Package and program. The hosts keep the daemons running.
-const PROGRAMS: [(&str, &str); 4] = [
+const PROGRAMS: [(&str, &str); 5] = [
     ("understudy", "understudy"),
+    ("understudy-hook", "understudy-hook"),
     ("understudy-primary", "understudy-primary"),
     ("understudy-backup", "understudy-backup"),
     ("understudy-watchdog", "understudy-watchdog"),

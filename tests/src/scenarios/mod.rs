@@ -4,6 +4,7 @@ mod basics;
 mod exactness;
 mod failover;
 mod lifecycle;
+mod metadata;
 mod output;
 mod random;
 mod refusals;
@@ -51,6 +52,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     failover::SCENARIOS,
     output::SCENARIOS,
     verified::SCENARIOS,
+    metadata::SCENARIOS,
 ];
 
 /// How long a guest may take until it answers.

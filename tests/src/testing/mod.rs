@@ -3,6 +3,7 @@
 mod architecture;
 mod cargo;
 mod microvm;
+pub(crate) mod sim;
 mod supervisor;
 
 use std::fmt;

@@ -179,7 +179,7 @@ fn live_and_die(
     protect_and_kill(guest, generation, &address, (&link, &history), random.below(2000), what);
 
     let failed_over = backups.block_on(async {
-        let request = FailoverRequest { domain: "micro".to_owned(), i_have_fenced: true };
+        let request = FailoverRequest { domain: "micro".to_owned(), i_have_fenced: true, hold: false };
         let result = tokio::time::timeout(LIMIT, async {
             let mut progress = Operator(Arc::clone(&agent)).failover(request).await?;
             let mut last = None;
@@ -246,6 +246,7 @@ fn protect_and_kill(
             persistent: false,
         },
         to: address.to_owned(),
+        security: understudy_proto::rpc::transport::Security::Plain,
         settings: Settings {
             generation,
             epoch: Duration::from_millis(1),

@@ -22,6 +22,7 @@ fn listed(guest: GuestId) -> ProtectedGuest {
         guest,
         name,
         to: "beta".into(),
+        insecure: true,
         epoch_ms: 100,
         generation: Generation(1),
         ungated: false,

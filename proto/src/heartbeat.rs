@@ -1,0 +1,202 @@
+//! What watchdogs say to each other, one datagram per guest and path:
+//!
+//! | bytes | field |
+//! |---|---|
+//! | 8 | magic `UNDSTHBT` |
+//! | 4 | version |
+//! | 16 | guest |
+//! | 8 | life of the sender: grows with every start of it |
+//! | 8 | number of the heartbeat in that life |
+//! | 8 | term |
+//! | 8 | generation |
+//! | 8 | last committed epoch known |
+//! | 4 | age of QEMU's last sign of life in milliseconds; all ones: no QEMU of the guest is here |
+//! | 16 | life of the backup agent that holds an image; zeros: there is none |
+//! | 1 | flags: 1 the guest was ended by its operator |
+//! | 1 | bytes of the host name |
+//! | n | host name of the sender, UTF-8 |
+//! | 4 | CRC-32 of everything before |
+//!
+//! Numbers are little-endian. A heartbeat proves nothing to the arbiter: a forged one can delay a failover, never cause
+//! two owners.
+
+use std::time::Duration;
+
+use crate::ProtocolError;
+use crate::ids::{EpochId, Generation, GuestId, Incarnation};
+use crate::ownership::{MAX_HOST_BYTES, Term};
+
+/// Bytes of the longest heartbeat; fits any path.
+pub const MAX_BYTES: usize = FIXED_BYTES + MAX_HOST_BYTES + CRC_BYTES;
+
+const MAGIC: &[u8; 8] = b"UNDSTHBT";
+const VERSION: u32 = 1;
+const FIXED_BYTES: usize = 8 + 4 + 16 + 5 * 8 + 4 + 16 + 1 + 1;
+const CRC_BYTES: usize = 4;
+const NO_QEMU: u32 = u32::MAX;
+const ENDED: u8 = 1;
+
+/// A heartbeat.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// The guest it is about.
+    pub guest: GuestId,
+    /// Host name of the sender.
+    pub host: String,
+    /// Life of the sender.
+    pub life: u64,
+    /// Number in that life.
+    pub number: u64,
+    /// Newest term the sender has read.
+    pub term: Term,
+    /// Newest generation the sender knows.
+    pub generation: Generation,
+    /// Last committed epoch the sender knows of; 0 if none.
+    pub epoch: EpochId,
+    /// Since QEMU's last sign of life, whole milliseconds; `None` if no QEMU of the guest is at the sender.
+    pub qemu_age: Option<Duration>,
+    /// The backup agent's life, if the sender holds an image of this generation, up to `epoch`.
+    pub image: Option<Incarnation>,
+    /// The guest was shut down, or its protection ended: its absence is no failure.
+    pub ended: bool,
+}
+
+impl Heartbeat {
+    /// The datagram.
+    ///
+    /// # Errors
+    /// If the host name is too long.
+    pub fn encode(&self) -> Result<Vec<u8>, ProtocolError> {
+        ProtocolError::check_len("host name bytes", self.host.len() as u64, MAX_HOST_BYTES as u64)?;
+        let age = self
+            .qemu_age
+            .map_or(NO_QEMU, |age| u32::try_from(age.as_millis()).unwrap_or(NO_QEMU - 1).min(NO_QEMU - 1));
+        let mut bytes = Vec::with_capacity(FIXED_BYTES + self.host.len() + CRC_BYTES);
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(self.guest.0.as_bytes());
+        for number in [self.life, self.number, self.term.0, self.generation.0, self.epoch.0] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.extend_from_slice(&age.to_le_bytes());
+        bytes.extend_from_slice(self.image.map_or(uuid::Uuid::nil(), |life| life.0).as_bytes());
+        bytes.push(if self.ended { ENDED } else { 0 });
+        bytes.push(u8::try_from(self.host.len()).unwrap_or(u8::MAX));
+        bytes.extend_from_slice(self.host.as_bytes());
+        bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+        Ok(bytes)
+    }
+
+    /// A datagram that was received.
+    ///
+    /// # Errors
+    /// [`ProtocolError`] if it is none, damaged, or of another version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ProtocolError> {
+        let invalid = |reason: String| ProtocolError::invalid("heartbeat", reason);
+        ProtocolError::check_len("heartbeat bytes", bytes.len() as u64, MAX_BYTES as u64)?;
+        let mut rest = Reader(bytes);
+        let magic = rest.take::<8>()?;
+        if &magic != MAGIC {
+            return Err(invalid(format!("begins with {magic:02x?}")));
+        }
+        let version = u32::from_le_bytes(rest.take()?);
+        if version != VERSION {
+            return Err(invalid(format!("has version {version}, this build knows {VERSION}")));
+        }
+        let guest = GuestId(uuid::Uuid::from_bytes(rest.take()?));
+        let mut number = || rest.take().map(u64::from_le_bytes);
+        let (life, count, term) = (number()?, number()?, number()?);
+        let (generation, epoch) = (number()?, number()?);
+        let age = u32::from_le_bytes(rest.take()?);
+        let image = uuid::Uuid::from_bytes(rest.take()?);
+        let [flags, len] = rest.take()?;
+        if flags & !ENDED != 0 {
+            return Err(invalid(format!("has the flags {flags:#x}")));
+        }
+        let expected = FIXED_BYTES + usize::from(len) + CRC_BYTES;
+        if bytes.len() != expected {
+            return Err(invalid(format!("has {} bytes, expected {expected}", bytes.len())));
+        }
+        let (host, crc) = rest.0.split_at(usize::from(len));
+        let checked = &bytes[..bytes.len() - CRC_BYTES];
+        if crc != crc32fast::hash(checked).to_le_bytes() {
+            return Err(invalid("is damaged".into()));
+        }
+        let host = std::str::from_utf8(host).map_err(|error| invalid(error.to_string()))?.to_owned();
+        Ok(Self {
+            guest,
+            host,
+            life,
+            number: count,
+            term: Term(term),
+            generation: Generation(generation),
+            epoch: EpochId(epoch),
+            qemu_age: (age != NO_QEMU).then(|| Duration::from_millis(age.into())),
+            image: (!image.is_nil()).then_some(Incarnation(image)),
+            ended: flags & ENDED != 0,
+        })
+    }
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl Reader<'_> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], ProtocolError> {
+        let (taken, rest) = self
+            .0
+            .split_first_chunk::<N>()
+            .ok_or_else(|| ProtocolError::invalid("heartbeat", "it is too short"))?;
+        self.0 = rest;
+        Ok(*taken)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn heartbeat() -> Heartbeat {
+        Heartbeat {
+            guest: GuestId(uuid::Uuid::from_u128(7)),
+            host: "alpha".into(),
+            life: 5,
+            number: 6,
+            term: Term(7),
+            generation: Generation(8),
+            epoch: EpochId(9),
+            qemu_age: Some(Duration::from_millis(12)),
+            image: Some(Incarnation(uuid::Uuid::from_u128(3))),
+            ended: true,
+        }
+    }
+
+    #[test]
+    fn what_is_sent_is_received() {
+        for qemu_age in [None, Some(Duration::ZERO), Some(Duration::from_millis(u64::from(u32::MAX) - 1))] {
+            for host in ["", "alpha", &"x".repeat(MAX_HOST_BYTES)] {
+                let sent = Heartbeat { qemu_age, host: host.into(), ..heartbeat() };
+                let bytes = sent.encode().unwrap();
+                assert!(bytes.len() <= MAX_BYTES);
+                assert_eq!(Heartbeat::decode(&bytes).unwrap(), sent);
+            }
+        }
+        // Never taken for "no QEMU".
+        let old = Heartbeat { qemu_age: Some(Duration::MAX), ..heartbeat() };
+        assert!(Heartbeat::decode(&old.encode().unwrap()).unwrap().qemu_age.is_some());
+        assert!(Heartbeat { host: "x".repeat(MAX_HOST_BYTES + 1), ..heartbeat() }.encode().is_err());
+    }
+
+    #[test]
+    fn every_flipped_bit_and_truncation_is_noticed() {
+        let good = heartbeat().encode().unwrap();
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(Heartbeat::decode(&bad).is_err(), "bit {bit}");
+        }
+        for len in 0..good.len() {
+            assert!(Heartbeat::decode(&good[..len]).is_err(), "{len} bytes");
+        }
+        assert!(Heartbeat::decode(&vec![0; MAX_BYTES + 1]).is_err());
+    }
+}

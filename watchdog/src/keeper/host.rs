@@ -1,0 +1,257 @@
+//! What a keeper sees of its own host, and does there.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_stream::StreamExt;
+use tracing::{debug, info, warn};
+use understudy_libvirt::Connection;
+use understudy_proto::ids::{EpochId, Generation, GuestId};
+use understudy_proto::rpc::admin::{
+    ConfirmRequest, FailoverRequest, GuestState, GuestStatus, LOADED, StatusRequest, UnprotectRequest,
+};
+use understudy_proto::rpc::{AdminClient, Failure, FailureKind, async_trait, transport};
+
+use crate::engine::Depth;
+use crate::look;
+use crate::monitor::Monitors;
+use crate::owner::{Command, Event, Image, Local, Sending};
+use crate::record;
+
+/// A guest of this host, as one look finds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Seen {
+    /// The guest.
+    pub guest: GuestId,
+    /// What is here of it.
+    pub local: Local,
+    /// What the primary agent sends of it, if it does.
+    pub sending: Option<Sending>,
+    /// The primary agent has it in its state file: until it has let it go.
+    pub listed: bool,
+    /// A protection is under way or on.
+    pub protecting: bool,
+    /// Last committed epoch the agents here know.
+    pub epoch: EpochId,
+    /// When its QEMU here last gave a sign of life.
+    pub qemu: Option<Instant>,
+    /// It was shut down, or its protection ended by an operator.
+    pub ended: bool,
+}
+
+/// A host as the keeper uses it.
+#[async_trait]
+pub trait Host: Send + Sync {
+    /// Every guest the agents of this host know, and those in `known`.
+    async fn look(&self, known: &[GuestId]) -> Vec<Seen>;
+    /// Carries out what the protocol says (not what concerns the arbiter); gives what came of it, if that is an event.
+    async fn carry_out(&self, guest: GuestId, command: Command) -> Option<Event>;
+}
+
+/// How long an agent may take over a question.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// How long a load may take.
+const LOAD: Duration = Duration::from_secs(60);
+
+/// A host with its agents and its libvirt.
+pub struct AgentHost {
+    /// Where the agents have their sockets.
+    pub run_dir: PathBuf,
+    /// Where the primary agent has its state file.
+    pub state_dir: PathBuf,
+    /// The way to the guests' QEMUs.
+    pub monitors: Arc<dyn Monitors>,
+    /// Which libvirt.
+    pub uri: String,
+}
+
+impl std::fmt::Debug for AgentHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AgentHost").field("run_dir", &self.run_dir).finish_non_exhaustive()
+    }
+}
+
+impl AgentHost {
+    async fn agent(&self, socket: &str) -> Result<AdminClient, Failure> {
+        let path = self.run_dir.join(socket);
+        let connected = transport::connect_unix(&path);
+        let silent =
+            |_| Failure::new(FailureKind::Unavailable, "silent", format!("{socket} does not answer"));
+        Ok(AdminClient::new(tokio::time::timeout(ANSWER, connected).await.map_err(silent)??))
+    }
+
+    /// None if the agent does not answer: that is no news of its guests.
+    async fn statuses(&self, socket: &str) -> Option<Vec<GuestStatus>> {
+        let asked = async { self.agent(socket).await?.status(StatusRequest::default()).await };
+        tokio::time::timeout(ANSWER, asked).await.ok()?.ok().map(|reply| reply.guests)
+    }
+
+    async fn qemu_answers(&self, guest: GuestId) -> bool {
+        let monitors = Arc::clone(&self.monitors);
+        let asked = tokio::task::spawn_blocking(move || {
+            let monitor = monitors.open(guest).ok()?;
+            look::look(monitor.as_ref(), Depth::Glance).ok()
+        });
+        // A QEMU that hangs keeps its thread; the next look asks by another.
+        matches!(tokio::time::timeout(ANSWER, asked).await, Ok(Ok(Some(_))))
+    }
+
+    async fn one(
+        &self,
+        guest: GuestId,
+        listed: Option<Generation>,
+        primary: Option<&GuestStatus>,
+        backup: Option<&GuestStatus>,
+    ) -> Seen {
+        let state = backup.map(|status| status.state);
+        let standby =
+            matches!(state, Some(GuestState::Standby | GuestState::Seeding | GuestState::Promoting));
+        let runs = !standby && self.qemu_answers(guest).await;
+        let promoted = backup.filter(|_| state == Some(GuestState::Promoted)).map(|status| status.generation);
+        let image = backup.filter(|_| matches!(state, Some(GuestState::Standby | GuestState::Promoting)));
+        let image = image.and_then(|status| {
+            Some(Image { incarnation: status.incarnation?, generation: status.generation })
+        });
+        let protecting = primary.is_some_and(|status| {
+            matches!(status.state, GuestState::Seeding | GuestState::Protected | GuestState::Degraded)
+        });
+        let sending = primary.filter(|_| protecting).and_then(|status| {
+            Some(Sending { generation: status.generation, committed: status.committed_epoch? })
+        });
+        let epoch = [primary, backup].into_iter().flatten().filter_map(|status| status.committed_epoch).max();
+        Seen {
+            guest,
+            local: Local { runs, image, generation: listed.max(promoted).filter(|_| runs) },
+            sending,
+            listed: listed.is_some(),
+            protecting,
+            epoch: epoch.unwrap_or(EpochId(0)),
+            qemu: runs.then(Instant::now),
+            ended: !protecting && primary.is_some_and(|status| status.state == GuestState::Ended),
+        }
+    }
+
+    async fn load(&self, guest: GuestId) -> Result<(), Failure> {
+        let mut agent = self.agent(transport::BACKUP_SOCKET).await?;
+        let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: true, hold: true };
+        let mut steps = agent.failover(request).await?;
+        while let Some(step) = steps.next().await {
+            if step?.phase == LOADED {
+                return Ok(());
+            }
+        }
+        Err(Failure::new(FailureKind::Internal, "no-end", "the load ended without a word"))
+    }
+
+    async fn activate(&self, guest: GuestId) -> Result<(), Failure> {
+        let mut agent = self.agent(transport::BACKUP_SOCKET).await?;
+        let request = ConfirmRequest { domain: guest.to_string(), proceed: true };
+        match agent.confirm(request).await {
+            Err(failure) if failure.code == "nothing-waits" => {}
+            confirmed => return confirmed,
+        }
+        // The record says that it is to run here; what was loaded for that is gone, so it is loaded again.
+        let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: true, hold: false };
+        let mut steps = match agent.failover(request).await {
+            Err(failure) if failure.code == "already-promoted" => return Ok(()),
+            steps => steps?,
+        };
+        while let Some(step) = steps.next().await {
+            if step?.done {
+                return Ok(());
+            }
+        }
+        Err(Failure::new(FailureKind::Internal, "no-end", "the promotion ended without a word"))
+    }
+
+    async fn destroy(&self, guest: GuestId) -> Result<(), Failure> {
+        let uri = self.uri.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            let connection = Connection::open(&uri).map_err(|error| error.to_string())?;
+            let domain = connection.find_domain(&guest.to_string()).map_err(|error| error.to_string())?;
+            domain.destroy().map_err(|error| error.to_string())
+        });
+        let done = done.await.map_err(|error| error.to_string()).and_then(|done| done);
+        done.map_err(|reason| Failure::new(FailureKind::Internal, "destroy", reason))
+    }
+}
+
+#[async_trait]
+impl Host for AgentHost {
+    async fn look(&self, known: &[GuestId]) -> Vec<Seen> {
+        let listed = match record::read(&self.state_dir) {
+            Ok(listed) => listed,
+            // Not to be taken for a list without guests: that would be their end.
+            Err(error) => {
+                debug!(%error, "the guests of the primary agent are not known");
+                return Vec::new();
+            }
+        };
+        let primary = self.statuses(transport::PRIMARY_SOCKET).await.unwrap_or_default();
+        let backup = self.statuses(transport::BACKUP_SOCKET).await.unwrap_or_default();
+        let mut guests: Vec<GuestId> = known.to_vec();
+        guests.extend(listed.iter().map(|listed| listed.guest));
+        guests.extend(backup.iter().map(|status| status.uuid));
+        guests.sort();
+        guests.dedup();
+        let find = |list: &'_ [GuestStatus], guest| list.iter().position(|status| status.uuid == guest);
+        let mut seen = Vec::new();
+        for guest in guests {
+            let generation =
+                listed.iter().find(|listed| listed.guest == guest).map(|listed| listed.generation);
+            let (p, b) = (find(&primary, guest), find(&backup, guest));
+            let (p, b) = (p.and_then(|at| primary.get(at)), b.and_then(|at| backup.get(at)));
+            seen.push(self.one(guest, generation, p, b).await);
+        }
+        seen
+    }
+
+    async fn carry_out(&self, guest: GuestId, command: Command) -> Option<Event> {
+        let done = match &command {
+            Command::Load(_) => {
+                let loaded = tokio::time::timeout(LOAD, self.load(guest)).await;
+                return Some(match loaded {
+                    Ok(Ok(())) => Event::Loaded,
+                    Ok(Err(failure)) => {
+                        warn!(%guest, reason = failure.reason, "the claimed guest cannot be loaded");
+                        Event::LoadFailed
+                    }
+                    Err(_) => {
+                        warn!(%guest, limit = ?LOAD, "the claimed guest was not loaded in time");
+                        Event::LoadFailed
+                    }
+                });
+            }
+            Command::Activate(_) => self.activate(guest).await,
+            Command::Abandon(_) => match self.agent(transport::BACKUP_SOCKET).await {
+                Ok(mut agent) => {
+                    agent.confirm(ConfirmRequest { domain: guest.to_string(), proceed: false }).await
+                }
+                Err(failure) => Err(failure),
+            },
+            // Ending the protection is how the primary agent opens its gate.
+            Command::OpenGate(_) => match self.agent(transport::PRIMARY_SOCKET).await {
+                Ok(mut agent) => {
+                    let request = UnprotectRequest { domain: guest.to_string() };
+                    match agent.unprotect(request).await {
+                        Err(failure) if failure.kind != FailureKind::NotFound => Err(failure),
+                        _ => Ok(()),
+                    }
+                }
+                Err(failure) => Err(failure),
+            },
+            Command::DestroyGuest(_) => self.destroy(guest).await,
+            // The primary agent holds output by itself whenever nothing is committed, and stops a guest whose backup
+            // tells it that it was promoted.
+            Command::HoldGate(_) | Command::PauseGuest(_) | Command::ResumeGuest(_) => Ok(()),
+            Command::Read | Command::Swap(_) => Ok(()),
+        };
+        match done {
+            Ok(()) => info!(%guest, ?command, "done"),
+            Err(failure) => debug!(%guest, ?command, reason = failure.reason, "not done"),
+        }
+        None
+    }
+}

@@ -1,0 +1,196 @@
+//! Two keepers with heartbeats over loopback and a record they share. Only the agents are made up.
+
+use std::sync::Mutex;
+
+use understudy_proto::ids::{EpochId, Generation, Incarnation};
+use understudy_proto::ownership::{Owner, Ownership, Term};
+use understudy_proto::rpc::Failure;
+use understudy_proto::rpc::async_trait;
+
+use super::*;
+use crate::owner::{Command, Image, Local, Sending};
+
+const GUEST: GuestId = GuestId(uuid::Uuid::from_u128(1));
+const IMAGE: Image = Image { incarnation: Incarnation(uuid::Uuid::from_u128(2)), generation: Generation(1) };
+/// For a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[derive(Default)]
+struct Memory(Mutex<Option<Ownership>>);
+
+impl Memory {
+    fn get(&self) -> Option<Ownership> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+#[async_trait]
+impl Arbiter for Memory {
+    async fn read(&self, _: GuestId) -> Result<Option<Ownership>, Failure> {
+        Ok(self.get())
+    }
+
+    async fn swap(&self, _: GuestId, new: &Ownership) -> Result<(), Failure> {
+        let mut kept = self.0.lock().unwrap();
+        if kept.as_ref().map_or(Term::NONE, |kept| kept.term).next() == new.term {
+            *kept = Some(new.clone());
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        "memory".into()
+    }
+}
+
+/// What is on a host, and what was done there.
+struct FakeHost(Mutex<(Seen, Vec<Command>)>);
+
+impl FakeHost {
+    fn new(local: Local, sending: Option<Sending>) -> Arc<Self> {
+        let qemu = local.runs.then(Instant::now);
+        let protecting = sending.is_some();
+        let listed = protecting;
+        let seen =
+            Seen { guest: GUEST, local, sending, listed, protecting, epoch: EpochId(7), qemu, ended: false };
+        Arc::new(Self(Mutex::new((seen, Vec::new()))))
+    }
+
+    fn done(&self) -> Vec<Command> {
+        self.0.lock().unwrap().1.clone()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Seen)) {
+        change(&mut self.0.lock().unwrap().0);
+    }
+}
+
+#[async_trait]
+impl Host for FakeHost {
+    async fn look(&self, _: &[GuestId]) -> Vec<Seen> {
+        let mut kept = self.0.lock().unwrap();
+        if kept.0.local.runs {
+            kept.0.qemu = Some(Instant::now());
+        }
+        vec![kept.0.clone()]
+    }
+
+    async fn carry_out(&self, _: GuestId, command: Command) -> Option<Event> {
+        let mut kept = self.0.lock().unwrap();
+        kept.1.push(command.clone());
+        match command {
+            Command::Load(_) => return Some(Event::Loaded),
+            Command::Activate(_) => {
+                kept.0.local = Local { runs: true, image: None, generation: Some(Generation(2)) };
+            }
+            Command::OpenGate(_) => (kept.0.protecting, kept.0.sending) = (false, None),
+            _ => {}
+        }
+        None
+    }
+}
+
+struct Pair {
+    record: Arc<Memory>,
+    alpha: Arc<FakeHost>,
+    beta: Arc<FakeHost>,
+    keepers: Vec<tokio::task::JoinHandle<std::io::Result<()>>>,
+}
+
+async fn pair(policies: Policies) -> Pair {
+    let record = Arc::new(Memory::default());
+    let runs = Local { runs: true, image: None, generation: Some(Generation(1)) };
+    let sending = Sending { generation: Generation(1), committed: EpochId(7) };
+    let alpha = FakeHost::new(runs, Some(sending));
+    let beta = FakeHost::new(Local { runs: false, image: Some(IMAGE), generation: None }, None);
+    let any = "127.0.0.1:0".parse().unwrap();
+    let free = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let at = free.local_addr().unwrap();
+    drop(free);
+    let first = Paths::open(at, vec![]).await.unwrap();
+    let second = Paths::open(any, vec![at]).await.unwrap();
+    let back = second.address().unwrap();
+    drop(first);
+    let first = Paths::open(at, vec![back]).await.unwrap();
+    // Generous: a busy machine must not look like a death.
+    let second_long = Duration::from_secs(5);
+    let timing = Timing { primary_silent: second_long, backup_silent: second_long, ..Timing::default() };
+    let mut keepers = Vec::new();
+    for (name, host, paths) in [("alpha", &alpha, first), ("beta", &beta, second)] {
+        let settings = Settings { host: name.into(), policies, timing };
+        let (arbiter, host): (Arc<dyn Arbiter>, Arc<dyn Host>) = (record.clone(), host.clone());
+        keepers.push(tokio::spawn(run(settings, arbiter, host, paths)));
+    }
+    let pair = Pair { record, alpha, beta, keepers };
+    pair.until("both agree", |record| {
+        matches!(&record.owner, Owner::Pair { primary, backup, .. } if primary == "alpha" && backup == "beta")
+    })
+    .await;
+    pair
+}
+
+impl Pair {
+    async fn until(&self, what: &str, is: impl Fn(&Ownership) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !self.record.get().as_ref().is_some_and(&is) {
+            assert!(Instant::now() < end, "not reached: {what}; {:?}", self.record.get());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn until_done(host: &FakeHost, what: impl Fn(&Command) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !host.done().iter().any(&what) {
+            assert!(Instant::now() < end, "not done; {:?}", host.done());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_dead_primary_is_replaced_without_anybody_and_its_stale_guest_is_ended_when_it_is_back() {
+    let pair = pair(Policies::default()).await;
+    pair.keepers[0].abort();
+    pair.until("taken over", |record| matches!(&record.owner, Owner::Solo { owner } if owner == "beta"))
+        .await;
+    Pair::until_done(&pair.beta, |command| matches!(command, Command::Activate(_))).await;
+    let done = pair.beta.done();
+    let at = |wanted: fn(&Command) -> bool| done.iter().position(wanted).unwrap();
+    assert!(at(|c| matches!(c, Command::Load(_))) < at(|c| matches!(c, Command::Activate(_))), "{done:?}");
+    assert_eq!(
+        pair.record.get().map(|record| (record.term, record.generation)),
+        Some((Term(3), Generation(2)))
+    );
+    // The old host comes back with its guest still there.
+    let settings =
+        Settings { host: "alpha".into(), policies: Policies::default(), timing: Timing::default() };
+    let paths = Paths::open("127.0.0.1:0".parse().unwrap(), vec![]).await.unwrap();
+    tokio::spawn(run(settings, pair.record.clone(), pair.alpha.clone(), paths));
+    Pair::until_done(&pair.alpha, |command| matches!(command, Command::DestroyGuest(_))).await;
+    assert!(!pair.alpha.done().iter().any(|command| matches!(command, Command::OpenGate(_))));
+}
+
+#[tokio::test]
+async fn a_guest_that_was_shut_down_is_not_brought_back() {
+    let pair = pair(Policies::default()).await;
+    // As the agent leaves it: not listed any more, be it shut down or unprotected.
+    pair.alpha.change(|seen| {
+        (seen.local.runs, seen.listed, seen.protecting, seen.sending) = (false, false, false, None);
+    });
+    pair.until("ended", |record| matches!(&record.owner, Owner::Ended { by } if by == "alpha")).await;
+    pair.keepers[0].abort();
+    // Longer than the silence that is suspicious.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert!(
+        !pair.beta.done().iter().any(|command| matches!(command, Command::Load(_) | Command::Activate(_)))
+    );
+}
+
+#[tokio::test]
+async fn a_lost_backup_lets_the_primary_go_on_alone_only_if_it_may() {
+    let solo = Policies { lost_backup: crate::owner::LostBackup::Solo, ..Policies::default() };
+    let pair = pair(solo).await;
+    pair.keepers[1].abort();
+    pair.until("alone", |record| matches!(&record.owner, Owner::Solo { owner } if owner == "alpha")).await;
+    Pair::until_done(&pair.alpha, |command| matches!(command, Command::OpenGate(Term(2)))).await;
+}
