@@ -8,6 +8,7 @@ mod metadata;
 mod output;
 mod random;
 mod refusals;
+mod verified;
 mod versions;
 
 use std::cell::Cell;
@@ -50,6 +51,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     exactness::SCENARIOS,
     failover::SCENARIOS,
     output::SCENARIOS,
+    verified::SCENARIOS,
     metadata::SCENARIOS,
 ];
 
