@@ -6,6 +6,7 @@ mod failover;
 mod lifecycle;
 mod metadata;
 mod output;
+mod owner;
 mod random;
 mod refusals;
 mod verified;
@@ -51,6 +52,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     exactness::SCENARIOS,
     failover::SCENARIOS,
     output::SCENARIOS,
+    owner::SCENARIOS,
     verified::SCENARIOS,
     metadata::SCENARIOS,
 ];
