@@ -76,6 +76,11 @@ pub struct Config {
     #[cfg(feature = "test-hooks")]
     #[arg(long, value_name = "N")]
     pub die_at_epoch: Option<u64>,
+
+    /// Test hook: the output gate does this wrong.
+    #[cfg(feature = "test-hooks")]
+    #[arg(long, value_enum, value_name = "FAULT")]
+    pub plant_fault: Option<crate::egress::planted::Fault>,
 }
 
 impl Config {

@@ -18,7 +18,7 @@ use understudy_proto::rpc::{EpochsClient, Failure, FailureKind, transport};
 use crate::agent::{Agent, Barrier, Gate, LibvirtGuest, Output, Plan};
 use crate::capture::{ColoOptions, ColoSource};
 use crate::config;
-use crate::egress::{self, NetlinkGate, SharedKeeper};
+use crate::egress::{self, NetlinkGate, OutputGate, SharedKeeper};
 use crate::engine::Settings;
 use crate::state_file::ProtectedGuest;
 
@@ -171,7 +171,7 @@ async fn probe(
     let reply = probe_with(host, security, request, PROBE_LIMIT).await;
     match reply {
         Err(failure) if *security == Security::Plain && transport::wants_tls(host).await => {
-            let reason = format!("{}; it wants TLS: leave out --insecure", failure.reason);
+            let reason = format!("{}; it seems to want TLS: leave out --insecure", failure.reason);
             Err(Failure { reason, ..failure })
         }
         reply => reply,
@@ -275,19 +275,35 @@ fn gateable(facts: &DomainFacts) -> Result<(), Failure> {
 }
 
 /// What becomes of the guest's output: the gate is made, open, when the protection starts.
-fn output(wanted: &ProtectedGuest, facts: &DomainFacts) -> Output {
+fn output(agent: &Agent, wanted: &ProtectedGuest, facts: &DomainFacts) -> Output {
     if wanted.ungated {
         return Output::Ungated;
     }
     let ports = egress::ports(facts);
+    let gate_of = gate_of(agent);
     Output::Gated(Box::new(move || {
         let ports = ports.map_err(|refusals| egress::GateError::Hole {
             reason: refusals.into_iter().map(|refusal| refusal.reason).collect::<Vec<_>>().join("; "),
         })?;
         let (gate, engine) = NetlinkGate::install(&ports)?;
         let watch = gate.watch()?;
-        Ok(Gate::new(SharedKeeper::new(engine, Box::new(gate)), Some(watch)))
+        Ok(Gate::new(SharedKeeper::new(engine, gate_of(gate)), Some(watch)))
     }))
+}
+
+type GateOf = Box<dyn FnOnce(NetlinkGate) -> Box<dyn OutputGate> + Send>;
+
+#[cfg(not(feature = "test-hooks"))]
+fn gate_of(_agent: &Agent) -> GateOf {
+    Box::new(|gate| Box::new(gate))
+}
+
+#[cfg(feature = "test-hooks")]
+fn gate_of(agent: &Agent) -> GateOf {
+    match agent.config.plant_fault {
+        Some(fault) => Box::new(move |gate| Box::new(egress::planted::Planted::new(gate, fault))),
+        None => Box::new(|gate| Box::new(gate)),
+    }
 }
 
 fn refused(domain: &str, refusals: &[Refusal]) -> Failure {
@@ -309,7 +325,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
     let internal = |code, reason: String| Failure::new(FailureKind::Internal, code, reason);
     let qemu_version = facts.guest.qemu.as_ref().map(|qemu| qemu.version.to_string());
     let domain = facts.domain.clone();
-    let output = output(wanted, &facts.guest.facts);
+    let output = output(agent, wanted, &facts.guest.facts);
     let guest = Arc::new(LibvirtGuest::new(facts.domain));
     let monitor: Arc<dyn Monitor> = Arc::clone(&guest) as Arc<dyn Monitor>;
     let source =

@@ -44,8 +44,9 @@ impl EpochService for Counter {
 struct Authority(Issuer<'static, KeyPair>, String);
 
 impl Authority {
-    fn new() -> Self {
+    fn new(name: &str) -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
         let pem = params.self_signed(&key).unwrap().pem();
@@ -104,7 +105,8 @@ fn client(pki: &Path) -> Security {
 #[tokio::test]
 async fn only_both_sides_together_let_a_connection_through() {
     let folder = tempfile::tempdir().unwrap();
-    let (ours, theirs) = (Authority::new(), Authority::new());
+    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+    let namesake = Authority::new("ours").host(&folder.path().join("namesake"), "alpha", GOOD);
     let server = ours.host(folder.path(), "beta", GOOD);
     let alpha = ours.host(folder.path(), "alpha", GOOD);
     let gamma = ours.host(folder.path(), "gamma", GOOD);
@@ -124,6 +126,7 @@ async fn only_both_sides_together_let_a_connection_through() {
     let foreign = TlsFiles { ca: knows_us.join("CA/cacert.pem"), ..TlsFiles::client(&stranger) };
     for (security, words) in [
         (client(&stranger), "its certificate is not of our CA"),
+        (client(&namesake), "its certificate is not of our CA"),
         (Security::Tls(foreign), "UnknownCA"),
         (client(&expired), "CertificateExpired"),
         (client(&gamma), "AccessDenied"),
@@ -144,7 +147,7 @@ async fn only_both_sides_together_let_a_connection_through() {
 #[tokio::test]
 async fn a_client_accepts_only_the_server_it_called() {
     let folder = tempfile::tempdir().unwrap();
-    let ours = Authority::new();
+    let ours = Authority::new("ours");
     let alpha = ours.host(folder.path(), "alpha", GOOD);
     let beta = ours.host(folder.path(), "beta", GOOD);
     let (address, counter) = serve(Security::Tls(TlsFiles::server(&beta, Vec::new()))).await;
@@ -165,7 +168,7 @@ async fn a_client_accepts_only_the_server_it_called() {
 #[tokio::test]
 async fn files_are_named_when_they_cannot_be_used_and_renewed_ones_count_at_once() {
     let folder = tempfile::tempdir().unwrap();
-    let ours = Authority::new();
+    let ours = Authority::new("ours");
     let alpha = ours.host(folder.path(), "alpha", GOOD);
     let beta = ours.host(folder.path(), "beta", 2001);
     let (address, _) = serve(Security::Tls(TlsFiles::server(&beta, Vec::new()))).await;

@@ -30,7 +30,7 @@ pub struct Config {
     pub run_dir: PathBuf,
 
     /// Where the watchdog of the other host listens for heartbeats; once for every network both hosts are on. With
-    /// --witness-at, or with --fence, this makes promotion automatic.
+    /// --witness-at this makes promotion automatic.
     #[arg(long, value_name = "ADDR:PORT")]
     pub peer: Vec<SocketAddr>,
 
@@ -39,16 +39,8 @@ pub struct Config {
     pub listen_heartbeats: SocketAddr,
 
     /// The witness, which decides who runs a guest: in a third place, 7421 if no port is given.
-    #[arg(long, value_name = "HOST[:PORT]", conflicts_with = "fence")]
+    #[arg(long, value_name = "HOST[:PORT]")]
     pub witness_at: Option<String>,
-
-    /// Instead of a witness: a fence agent that switches the other host off. Its options come from --fence-options.
-    #[arg(long, value_name = "PROGRAM", requires = "fence_options")]
-    pub fence: Option<PathBuf>,
-
-    /// File of the fence agent's options, one key=value a line.
-    #[arg(long, value_name = "FILE")]
-    pub fence_options: Option<PathBuf>,
 
     /// When the backup is lost: hold the guest's output until there is one again, or let it run unprotected.
     #[arg(long, value_enum, default_value_t = OnLostBackup::Hold)]
@@ -64,7 +56,7 @@ pub struct Config {
     pub suspect_after_ms: u64,
 
     /// Serve as witness on this address, and do nothing else.
-    #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["peer", "witness_at", "fence"])]
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["peer", "witness_at"])]
     pub witness: Option<SocketAddr>,
 
     /// Where the witness keeps its records.
@@ -153,10 +145,9 @@ impl Config {
                 self.hung_after_ms
             ));
         }
-        let arbiter = self.witness_at.is_some() || self.fence.is_some();
-        if self.is_automatic() != arbiter {
+        if self.is_automatic() != self.witness_at.is_some() {
             let (is, lacks) =
-                if arbiter { ("an arbiter", "--peer") } else { ("--peer", "--witness-at or --fence") };
+                if self.is_automatic() { ("--peer", "--witness-at") } else { ("--witness-at", "--peer") };
             mistakes.push(format!("{is} is given without {lacks}: who runs a guest takes both"));
         }
         if !SUSPECT_AFTER_MS.contains(&self.suspect_after_ms) {
@@ -196,7 +187,6 @@ mod tests {
         assert_eq!(parse(&["--peer", "10.0.0.2:7422", "--witness-at", "w"]).unwrap(), (true, 0));
         assert_eq!(parse(&["--suspect-after-ms", "10"]).unwrap().1, 1);
         assert!(parse(&["--witness", "0.0.0.0:7421", "--peer", "10.0.0.2:7422"]).is_err());
-        assert!(parse(&["--peer", "10.0.0.2:7422", "--witness-at", "w", "--fence", "f"]).is_err());
     }
 
     #[test]

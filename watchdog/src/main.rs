@@ -1,6 +1,5 @@
 //! The supervisor of the primary agent of this host.
 
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,13 +7,13 @@ use std::time::Duration;
 use clap::Parser;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
-use understudy_watchdog::arbiter::{Arbiter, FenceCommand, Fencing, WitnessArbiter};
+use understudy_watchdog::arbiter::WitnessArbiter;
 use understudy_watchdog::bound;
 use understudy_watchdog::config::Config;
 use understudy_watchdog::keeper::{self, AgentHost, Paths, Settings};
 use understudy_watchdog::monitor::Libvirt;
 use understudy_watchdog::supervisor::Supervisor;
-use understudy_watchdog::witness::{self, Store};
+use understudy_watchdog::witness;
 
 /// As in sysexits.h: the command was used incorrectly.
 const EXIT_USAGE: u8 = 64;
@@ -66,9 +65,6 @@ fn main() -> ExitCode {
 /// How long the witness may take over a question.
 const WITNESS_ANSWER: Duration = Duration::from_secs(1);
 
-/// How long a fence agent may take: the slowest management boards take most of a minute.
-const FENCE_LIMIT: Duration = Duration::from_secs(120);
-
 fn witness(config: &Config, address: std::net::SocketAddr) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
@@ -90,7 +86,8 @@ fn witness(config: &Config, address: std::net::SocketAddr) -> ExitCode {
 /// worse than none, and whoever started it starts it again.
 fn keep_guests(config: &Config, libvirt: Arc<Libvirt>) -> Result<(), String> {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let arbiter = arbiter(config, &name)?;
+    let Some(at) = &config.witness_at else { return Err("--witness-at is not given".to_owned()) };
+    let arbiter = Arc::new(WitnessArbiter::new(at, WITNESS_ANSWER));
     let host = AgentHost {
         run_dir: config.run_dir.clone(),
         state_dir: config.state_dir.clone(),
@@ -110,29 +107,4 @@ fn keep_guests(config: &Config, libvirt: Arc<Libvirt>) -> Result<(), String> {
     };
     std::thread::Builder::new().name("keeper".to_owned()).spawn(keep).map_err(|error| error.to_string())?;
     Ok(())
-}
-
-fn arbiter(config: &Config, name: &str) -> Result<Arc<dyn Arbiter>, String> {
-    if let Some(at) = &config.witness_at {
-        return Ok(Arc::new(WitnessArbiter::new(at, WITNESS_ANSWER)));
-    }
-    let (Some(program), Some(options)) = (&config.fence, &config.fence_options) else {
-        return Err("neither --witness-at nor --fence is given".to_owned());
-    };
-    let options = fence_options(options)?;
-    let command = FenceCommand { program: program.clone(), options, timeout: FENCE_LIMIT };
-    let store = Store::open(&config.state_dir).map_err(|failure| failure.to_string())?;
-    Ok(Arc::new(Fencing::new(name, command, Arc::new(store))))
-}
-
-fn fence_options(path: &Path) -> Result<Vec<(String, String)>, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    lines
-        .map(|line| match line.split_once('=') {
-            Some((key, value)) => Ok((key.trim().to_owned(), value.trim().to_owned())),
-            // The line may be a password.
-            None => Err(format!("{}: a line has no '='; give key=value", path.display())),
-        })
-        .collect()
 }

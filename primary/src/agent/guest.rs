@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tracing::{Instrument, error, info, info_span, warn};
+use tracing::{Instrument, debug, error, info, info_span, warn};
 use understudy_libvirt::DomainEvent;
 use understudy_proto::epoch::EpochKind;
 use understudy_proto::ids::{EpochId, GuestId};
@@ -239,7 +239,7 @@ impl Guest {
             }
             let turn = self.select().await;
             if let Some(still) = self.pulse.beat(Instant::now()) {
-                warn!(ms = still.as_millis(), "this agent stood still");
+                debug!(ms = still.as_millis(), "this agent stood still");
                 self.apply_all(Event::StoodStill(still)).await;
             }
             match turn {

@@ -86,6 +86,24 @@ impl NetlinkGate {
         self.watcher.watch()
     }
 
+    pub(super) fn tell(&mut self, kind: Kind) -> Result<(), GateError> {
+        match kind {
+            Kind::Seal => {
+                self.tell_all(Action::Buffer)?;
+                self.watcher.clear();
+                Ok(())
+            }
+            Kind::ReleaseSealed => self.tell_all(Action::ReleaseOne),
+            Kind::Flush => {
+                let left = self.tell_all(Action::ReleaseIndefinite).and_then(|()| self.drain_all());
+                // Shut again whatever became of it (invariant 7).
+                let shut = self.tell_all(Action::Buffer);
+                self.watcher.clear();
+                shut.and(left)
+            }
+        }
+    }
+
     fn tell_all(&mut self, action: Action) -> Result<(), GateError> {
         // All of them, whatever happens to one: what is not told holds too much, and that is mended by a full copy.
         let mut result = Ok(());
@@ -123,21 +141,7 @@ impl NetlinkGate {
 
 impl OutputGate for NetlinkGate {
     fn apply(&mut self, op: Op) -> Result<(), GateError> {
-        match op.kind() {
-            Kind::Seal => {
-                self.tell_all(Action::Buffer)?;
-                self.watcher.clear();
-                Ok(())
-            }
-            Kind::ReleaseSealed => self.tell_all(Action::ReleaseOne),
-            Kind::Flush => {
-                let left = self.tell_all(Action::ReleaseIndefinite).and_then(|()| self.drain_all());
-                // Shut again whatever became of it (invariant 7).
-                let shut = self.tell_all(Action::Buffer);
-                self.watcher.clear();
-                shut.and(left)
-            }
-        }
+        self.tell(op.kind())
     }
 
     fn held(&mut self) -> Result<Held, GateError> {

@@ -13,6 +13,8 @@ pub mod engine;
 mod keeper;
 mod kernel;
 mod netlink;
+#[cfg(feature = "test-hooks")]
+pub mod planted;
 mod port;
 mod watch;
 

@@ -22,6 +22,10 @@ pub const MAX_LOSS: f64 = 1.05;
 /// A plan must be predicted to take less than this, relative to the one in use, to replace it.
 pub const MIN_GAIN: f64 = 0.9;
 
+/// Nor is it worth a change, in seconds, where it saves less: so much of a link's delay may be taken for slowness, as
+/// epochs of one size do not tell the two apart.
+const MIN_SAVING: f64 = 200e-6;
+
 /// Weight of a new value in a moving average.
 const WEIGHT: f64 = 0.2;
 
@@ -236,6 +240,8 @@ impl Governor {
         let allowed = Plan::ALL.into_iter().filter(|plan| plan.is_allowed(codecs));
         let times = allowed.map(|plan| (plan, self.predicted_seconds(plan)));
         let (best, time) = times.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((Plan::Raw, raw));
+        // What saves too little of raw to be sure of it is no better than raw.
+        let (best, time) = if raw - time < MIN_SAVING { (Plan::Raw, raw) } else { (best, time) };
         let must = !self.plan.is_allowed(codecs) || now > raw * MAX_LOSS;
         let may = self.since_change >= self.hold && time < now * MIN_GAIN;
         if self.is_fixed || best == self.plan || !(must || may) {

@@ -43,7 +43,7 @@ pub(super) fn protection(agent: &Agent, guest: GuestId) -> Protection {
             backup: wanted.to.clone(),
             epoch: Duration::from_millis(wanted.epoch_ms.into()),
             insecure: wanted.insecure,
-            output: Output::Gated,
+            output: if wanted.ungated { Output::Ungated } else { Output::Gated },
             report: Report {
                 value: status.state.label().to_owned(),
                 backup: wanted.to,

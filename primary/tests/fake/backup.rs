@@ -37,6 +37,8 @@ pub(crate) struct StubBackup {
 struct Inner {
     incarnation: u128,
     committed: Option<u64>,
+    /// The last it ever committed, in any life.
+    ever_committed: Option<u64>,
     image: BTreeMap<u64, u8>,
     full_copies: u64,
     goodbyes: Vec<GoodbyeReason>,
@@ -65,6 +67,7 @@ impl StubBackup {
         let inner = Inner {
             incarnation: 1,
             committed: None,
+            ever_committed: None,
             image: BTreeMap::new(),
             full_copies: 0,
             goodbyes: vec![],
@@ -89,6 +92,11 @@ impl StubBackup {
 
     pub(crate) fn committed(&self) -> Option<u64> {
         self.lock().committed
+    }
+
+    /// As [`Self::committed`], but not forgotten at a restart: what was acknowledged before may be released after it.
+    pub(crate) fn ever_committed(&self) -> Option<u64> {
+        self.lock().ever_committed
     }
 
     pub(crate) fn full_copies(&self) -> u64 {
@@ -184,6 +192,7 @@ impl StubBackup {
         }
         inner.image.extend(open.memory);
         inner.committed = Some(own.epoch.0);
+        inner.ever_committed = inner.committed;
         (!std::mem::take(&mut inner.swallow_ack)).then_some(BackupMessage::Ack(at))
     }
 

@@ -214,6 +214,7 @@ impl CheckpointSource for FakeSource {
         let mut inner = self.guest.lock();
         if inner.runs_on_after.take().is_some() {
             // What it sends is in no epoch, and QEMU has closed the socket.
+            inner.qmp("RESUME", Duration::from_millis(1));
             inner.send_frame();
             return Err(CaptureError::Closed { phase: Phase::Start, detail: None });
         }
@@ -261,6 +262,7 @@ impl CheckpointSource for FakeSource {
         let mut inner = self.guest.lock();
         match &mut inner.runs_on_after {
             Some(0) => {
+                inner.qmp("RESUME", Duration::from_millis(1));
                 inner.send_frame();
                 Err(CaptureError::RanOn { state: RunState::Running })
             }

@@ -94,9 +94,9 @@ impl FakeGate {
         self.lock().removed
     }
 
-    /// Up to which moment the backup has the guest.
+    /// Up to which moment the backup has, or had, the guest.
     fn committed(&self) -> u64 {
-        self.backup.committed().map_or(0, |epoch| self.guest.moment_of(epoch))
+        self.backup.ever_committed().map_or(0, |epoch| self.guest.moment_of(epoch))
     }
 }
 

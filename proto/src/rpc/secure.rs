@@ -1,4 +1,4 @@
-//! Connections with TLS. Those without are tonic's own and do not come through here, except to find out what is wrong.
+//! Connections with TLS. Those without are tonic's own and do not come through here.
 
 use std::io;
 use std::net::SocketAddr;
@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -16,7 +16,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
-use super::tls::{Security, TlsFiles, explained};
+use super::tls::{TlsFiles, explained};
 
 /// How long a handshake may take.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
@@ -51,33 +51,27 @@ impl Secure {
         Self { inner: Box::new(inner), first: Vec::new(), local: tcp.0, remote: tcp.1 }
     }
 
-    /// Connects and, with TLS, finds out whether the server accepts us before anything is sent.
-    pub(super) async fn connect(authority: &str, security: &Security) -> io::Result<Self> {
+    /// Connects, and finds out whether the server accepts us before anything is sent.
+    pub(super) async fn connect(authority: &str, files: &TlsFiles) -> io::Result<Self> {
+        let config = files.client_config().map_err(io::Error::other)?;
+        let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+        let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
+        let name = name.map_err(|_| io::Error::other(format!("{host:?} is no name for TLS")))?;
         let tcp = TcpStream::connect(authority).await?;
         tcp.set_nodelay(true)?;
         let addresses = (tcp.local_addr().ok(), tcp.peer_addr().ok());
-        let mut connection = match security {
-            Security::Plain => Self::new(tcp, addresses),
-            Security::Tls(files) => {
-                let config = files.client_config().map_err(io::Error::other)?;
-                let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
-                let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned());
-                let name = name.map_err(|_| io::Error::other(format!("{host:?} is no name for TLS")))?;
-                let shaking = TlsConnector::from(Arc::new(config)).connect(name, tcp);
-                let tls = tokio::time::timeout(HANDSHAKE_LIMIT, shaking)
-                    .await
-                    .map_err(|_| io::Error::other("no answer to the TLS handshake"))?
-                    .map_err(|error| io::Error::other(format!("TLS: {}", explained(&error))))?;
-                Self::new(tls, addresses)
-            }
-        };
+        let shaking = TlsConnector::from(Arc::new(config)).connect(name, tcp);
+        let tls = tokio::time::timeout(HANDSHAKE_LIMIT, shaking)
+            .await
+            .map_err(|_| io::Error::other("no answer to the TLS handshake"))?
+            .map_err(|error| io::Error::other(format!("TLS: {}", explained(&error))))?;
+        let mut connection = Self::new(tls, addresses);
         connection.first_word().await?;
         Ok(connection)
     }
 
     /// A server of HTTP/2 speaks first. In TLS 1.3 a client only learns then whether its certificate was accepted.
     async fn first_word(&mut self) -> io::Result<()> {
-        const TLS_ALERT: u8 = 0x15;
         let mut bytes = vec![0; 256];
         let read = match tokio::time::timeout(FIRST_WORD_LIMIT, self.inner.read(&mut bytes)).await {
             // One that is slow is for those to judge who wait for an answer.
@@ -87,11 +81,22 @@ impl Secure {
             Ok(Err(error)) => return Err(io::Error::other(format!("TLS: {}", explained(&error)))),
         };
         bytes.truncate(read);
-        if bytes.first() == Some(&TLS_ALERT) {
-            return Err(io::Error::other("the other side wants TLS: leave out --insecure"));
-        }
         self.first = bytes;
         Ok(())
+    }
+}
+
+/// Whether a server answers the first words of plain HTTP/2 as one does that expects TLS: with an alert, or not at all.
+pub(super) async fn wants_tls(authority: &str) -> io::Result<bool> {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    const TLS_ALERT: u8 = 0x15;
+    let mut tcp = TcpStream::connect(authority).await?;
+    tcp.write_all(PREFACE).await?;
+    let mut first = [0];
+    match tokio::time::timeout(FIRST_WORD_LIMIT, tcp.read(&mut first)).await {
+        Err(_) => Ok(false),
+        Ok(Ok(1)) => Ok(first[0] == TLS_ALERT),
+        Ok(_) => Ok(true),
     }
 }
 

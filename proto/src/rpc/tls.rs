@@ -192,7 +192,8 @@ pub(super) fn explained(error: &io::Error) -> String {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
     let Some(inner) = inner else { return error.to_string() };
     let meaning = match inner {
-        Error::InvalidCertificate(C::UnknownIssuer) => "its certificate is not of our CA",
+        // A bad signature: of another CA that has the same name as ours.
+        Error::InvalidCertificate(C::UnknownIssuer | C::BadSignature) => "its certificate is not of our CA",
         Error::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => "its certificate has expired",
         Error::InvalidCertificate(C::NotValidYet | C::NotValidYetContext { .. }) => {
             "its certificate is not valid yet; compare the clocks"

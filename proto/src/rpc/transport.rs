@@ -104,12 +104,12 @@ pub async fn connect(host: &str, security: &Security) -> Result<Channel, Failure
     let Security::Tls(files) = security else { return connect_plaintext(host).await };
     // A mistake of ours is told as it is, and not as a connection that failed.
     files.client_config().map_err(tls_files)?;
-    let (authority, security) = (authority(host), security.clone());
+    let (authority, files) = (authority(host), files.clone());
     let endpoint = Endpoint::from_shared(format!("http://{authority}"))?;
     let target = authority.clone();
     let connector = tower::service_fn(move |_: tonic::transport::Uri| {
-        let (authority, security) = (authority.clone(), security.clone());
-        async move { Secure::connect(&authority, &security).await.map(TokioIo::new) }
+        let (authority, files) = (authority.clone(), files.clone());
+        async move { Secure::connect(&authority, &files).await.map(TokioIo::new) }
     });
     configured(endpoint).connect_with_connector(connector).await.map_err(|error| {
         let failure = Failure::from(error);
@@ -137,8 +137,7 @@ pub fn tls_files(reason: String) -> Failure {
 
 /// Whether whoever listens at `host` expects TLS; for an error message after a plain connection has failed.
 pub async fn wants_tls(host: &str) -> bool {
-    let tried = Secure::connect(&authority(host), &Security::Plain).await;
-    tried.is_err_and(|error| error.to_string().contains("wants TLS"))
+    crate::rpc::secure::wants_tls(&authority(host)).await.unwrap_or(false)
 }
 
 /// Connects to the admin socket of an agent of this host.

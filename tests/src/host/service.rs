@@ -17,7 +17,7 @@ const POLL: Duration = Duration::from_millis(300);
 /// for it, and a while to let the guest run.
 const HUNG_AFTER_MS: u32 = 330_000;
 
-/// Where programs come from and where they run from. `understudy` is only to be there.
+/// Where programs come from and where they run from.
 struct Program {
     from: PathBuf,
     to: PathBuf,
@@ -53,17 +53,21 @@ pub(super) fn keep_running(shared: &Path, host: HostName) {
         let log = shared.join("log").join(format!("{host}-{name}.log"));
         std::thread::spawn(move || supervise(name, &program, &arguments, &log));
     }
-    let command = Program::new(shared, "understudy");
-    std::thread::spawn(move || {
-        let mut have = None;
-        loop {
-            let stamp = command.stamp();
-            if stamp.is_some() && stamp != have && report("understudy", command.fetch()) {
-                have = stamp;
+    let commands = ["understudy", "understudy-hook"].map(|name| (name, Program::new(shared, name), None));
+    std::thread::spawn(move || keep_in_place(commands));
+}
+
+/// Programs that are only to be there, each with the stamp of what is there.
+fn keep_in_place(mut commands: [(&str, Program, Option<SystemTime>); 2]) {
+    loop {
+        for (name, program, have) in &mut commands {
+            let stamp = program.stamp();
+            if stamp.is_some() && stamp != *have && report(name, program.fetch()) {
+                *have = stamp;
             }
-            std::thread::sleep(POLL);
         }
-    });
+        std::thread::sleep(POLL);
+    }
 }
 
 /// Runs one daemon for ever. `/run/lab/NAME.hold` keeps it from being started; `/run/lab/NAME.args` adds

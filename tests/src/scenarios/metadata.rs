@@ -51,7 +51,9 @@ fn define(lab: &Lab, attributes: &str) -> Result<()> {
     let xml = xml.replace("<name>g1</name>", &format!("<name>g1</name>\n  {element}"));
     let file = lab.dir().shared().join("g1.xml");
     std::fs::write(&file, xml).with_context(|| file.display().to_string())?;
-    lab.shell(Alpha, &format!("virsh -q define {}", file.display())).map(drop)
+    // The definition before has a UUID of its own.
+    let script = format!("virsh -q undefine g1 >/dev/null 2>&1; virsh -q define {}", file.display());
+    lab.shell(Alpha, &script).map(drop)
 }
 
 fn from_the_start(lab: &Lab) -> Result<()> {

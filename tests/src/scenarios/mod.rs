@@ -6,8 +6,10 @@ mod failover;
 mod lifecycle;
 mod metadata;
 mod output;
+mod owner;
 mod random;
 mod refusals;
+mod verified;
 mod versions;
 
 use std::cell::Cell;
@@ -50,6 +52,8 @@ const SCENARIOS: &[&[Scenario]] = &[
     exactness::SCENARIOS,
     failover::SCENARIOS,
     output::SCENARIOS,
+    owner::SCENARIOS,
+    verified::SCENARIOS,
     metadata::SCENARIOS,
 ];
 

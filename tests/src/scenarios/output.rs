@@ -64,16 +64,19 @@ fn nothing_leaves_early(lab: &Lab) -> Result<()> {
     let frames = lab.dir().shared().join("output.pcap");
     let link = "lan:alpha".parse()?;
     lab.ask(&crate::lab::control::Request::Pcap(link, frames.clone()))?;
-    let answered = AtomicU64::new(0);
+    let (answered, cut) = (AtomicU64::new(0), AtomicBool::new(false));
     let failed: Result<()> = std::thread::scope(|scope| {
         let client = scope.spawn(|| -> Result<()> {
-            let mut guest = Guest::connect(lab.dir(), "g1", Duration::from_secs(10))?;
-            for number in 1000_u64.. {
-                // The cut ends it.
-                if guest.must(&format!("touch 1 {number}")).is_err() {
-                    break;
+            let connect = || Guest::connect(lab.dir(), "g1", Duration::from_secs(10));
+            let (mut guest, mut number) = (connect()?, 1000);
+            while !cut.load(Ordering::SeqCst) {
+                match guest.must(&format!("touch 1 {number}")) {
+                    Ok(_) => answered.store(number, Ordering::SeqCst),
+                    Err(_) if cut.load(Ordering::SeqCst) => break,
+                    // The stream to the backup may have been lost for a while, and with it the answers.
+                    Err(_) => guest = connect()?,
                 }
-                answered.store(number, Ordering::SeqCst);
+                number += 1;
             }
             Ok(())
         });
@@ -82,6 +85,7 @@ fn nothing_leaves_early(lab: &Lab) -> Result<()> {
         while answered.load(Ordering::SeqCst) < ENOUGH && !client.is_finished() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(50));
         }
+        cut.store(true, Ordering::SeqCst);
         lab.power_off(Alpha)?;
         client.join().unwrap_or_else(|_| anyhow::bail!("the client panicked"))
     });

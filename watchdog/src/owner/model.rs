@@ -479,10 +479,10 @@ fn holds(start: Start, bounds: (usize, u64, u8)) -> impl Checker<Bounded> {
 
 #[test]
 fn no_interleaving_breaks_the_protocol() {
-    holds(Start::Pair, (1, 4, 1));
-    holds(Start::Solo, (1, 4, 1));
+    holds(Start::Pair, (1, 3, 1));
+    holds(Start::Solo, (1, 3, 1));
     // Without deaths, but long enough for everything to be reached.
-    let long = holds(Start::Pair, (2, 4, 0));
+    let long = holds(Start::Pair, (1, 4, 0));
     for name in [
         "the backup takes over",
         "the primary goes on alone",
