@@ -13,9 +13,9 @@ use crate::lab::understudy::Role;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("failover: i440fx, one vCPU: three power cuts in turn", |lab| chain(lab, SHAPES[0], 3)),
-    ("failover: i440fx, two vCPUs: one power cut", |lab| chain(lab, SHAPES[1], 1)),
-    ("failover: q35, one vCPU: one power cut", |lab| chain(lab, SHAPES[2], 1)),
-    ("failover: q35, two vCPUs: one power cut", |lab| chain(lab, SHAPES[3], 1)),
+    ("failover: i440fx, two vCPUs: two power cuts in turn", |lab| chain(lab, SHAPES[1], 2)),
+    ("failover: q35, one vCPU: two power cuts in turn", |lab| chain(lab, SHAPES[2], 2)),
+    ("failover: q35, two vCPUs: two power cuts in turn", |lab| chain(lab, SHAPES[3], 2)),
     ("failover: a standby whose memory is loaded at the promotion", cold),
 ];
 
@@ -26,8 +26,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 const WARM: &str = "ready: warm";
 const COLD: &str = "ready: cold";
 
-/// Protects, cuts the power, promotes, and again in the other direction. What was promoted is an ordinary domain each
-/// time: it starts again from nothing, and it is saved and restored.
+/// Protects, cuts the power, promotes, and again in the other direction. What was promoted is an ordinary domain: it
+/// starts again from nothing, and it is saved and restored.
 fn chain(lab: &Lab, shape: Shape, cuts: usize) -> Result<()> {
     let mut on = HostName::Alpha;
     let mut boot = start_shaped(lab, on, shape)?.count()?.boot;
@@ -36,8 +36,11 @@ fn chain(lab: &Lab, shape: Shape, cuts: usize) -> Result<()> {
         Guest::wait(lab.dir(), "g1", LIMIT)?.must("dirty 300 20").context(which.clone())?;
         cut(lab, on, &boot, WARM).with_context(|| which.clone())?;
         on = on.other();
-        boot = super::reboot(lab, &boot).with_context(|| format!("a reboot after {which}"))?;
-        save_and_restore(lab, on, &boot).with_context(|| format!("a save after {which}"))?;
+        // Every second one goes on as it is.
+        if number % 2 == 1 {
+            boot = super::reboot(lab, &boot).with_context(|| format!("a reboot after {which}"))?;
+            save_and_restore(lab, on, &boot).with_context(|| format!("a save after {which}"))?;
+        }
         super::up(lab, on.other())?;
     }
     Ok(())
