@@ -18,6 +18,9 @@ pub(crate) const EPOCH: Duration = Duration::from_millis(25);
 /// Checkpoints before the measured ones.
 const WARM_UP: usize = 10;
 
+/// A stock pair takes a good part of a second for each.
+const STOCK_ROUNDS: usize = 40;
+
 pub(crate) fn run(rounds: usize, pages: &[usize], mib: usize, with_stock: bool) -> anyhow::Result<Report> {
     if let Some(reason) = skip_reason() {
         bail!("cannot measure the stop: {reason}");
@@ -43,8 +46,8 @@ pub(crate) fn run(rounds: usize, pages: &[usize], mib: usize, with_stock: bool) 
             continue;
         }
         for (way, factor) in [(Way::Tcp, 100.0), (Way::Unix, 15.0)] {
-            let stops =
-                stock::stops(way, rounds, pages, mib).with_context(|| format!("stock COLO, {name}"))?;
+            let stops = stock::stops(way, rounds.min(STOCK_ROUNDS), pages, mib)
+                .with_context(|| format!("stock COLO, {name}"))?;
             let stock = report.row(&name, way.subject(), "ms", stops);
             if pages == 0 {
                 report.at_most(
