@@ -105,25 +105,25 @@ impl Drop for Subscription {
     }
 }
 
-/// Subscribes to the lifecycle events of `domain`.
-pub(crate) fn subscribe_lifecycle(
+/// As libvirt takes the callbacks of all events.
+type Generic = unsafe extern "C" fn(virConnectPtr, virDomainPtr, *mut c_void);
+
+/// Subscribes to an event of `domain`, or of all domains. `callback` has the arguments of the event, passed as [`Generic`].
+fn register(
     connect: &Link,
-    domain: &Domain,
+    domain: Option<&Domain>,
+    event: c_uint,
+    callback: Generic,
     sink: Arc<dyn Sink>,
 ) -> Result<Subscription, Error> {
-    type Specific = unsafe extern "C" fn(virConnectPtr, virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
-    type Generic = unsafe extern "C" fn(virConnectPtr, virDomainPtr, *mut c_void);
     let token = Token::new(sink);
-    // SAFETY: libvirt's documented way: the callback of event VIR_DOMAIN_EVENT_ID_LIFECYCLE is passed as the generic type
-    // and cast back to `Specific` by libvirt before it is called; both are plain C function pointers.
-    let callback = unsafe { std::mem::transmute::<Specific, Generic>(on_lifecycle) };
-    // SAFETY: both pointers are valid while their owners live, and libvirt takes references of its own; `opaque` is only
-    // handed back, and needs no freeing.
+    // SAFETY: connection and domain are valid while their owners live, and libvirt takes references of its own; no domain
+    // stands for all of them; `opaque` is only handed back, and needs no freeing.
     let id = unsafe {
         virt_sys::virConnectDomainEventRegisterAny(
             connect.as_ptr(),
-            domain.as_ptr(),
-            virt_sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE.cast_signed(),
+            domain.map_or(ptr::null_mut(), Domain::as_ptr),
+            event.cast_signed(),
             Some(callback),
             token.opaque(),
             None,
@@ -135,6 +135,19 @@ pub(crate) fn subscribe_lifecycle(
     Ok(Subscription { connect: connect.clone(), id, qmp: false, token })
 }
 
+/// Subscribes to the lifecycle events of `domain`.
+pub(crate) fn subscribe_lifecycle(
+    connect: &Link,
+    domain: &Domain,
+    sink: Arc<dyn Sink>,
+) -> Result<Subscription, Error> {
+    type Specific = unsafe extern "C" fn(virConnectPtr, virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
+    // SAFETY: libvirt's documented way: the callback of event VIR_DOMAIN_EVENT_ID_LIFECYCLE is passed as the generic type
+    // and cast back to `Specific` by libvirt before it is called; both are plain C function pointers.
+    let callback = unsafe { std::mem::transmute::<Specific, Generic>(on_lifecycle) };
+    register(connect, Some(domain), virt_sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, callback, sink)
+}
+
 /// Subscribes to devices being plugged into `domain`, and out of it.
 pub(crate) fn subscribe_devices(
     connect: &Link,
@@ -142,30 +155,11 @@ pub(crate) fn subscribe_devices(
     sink: &Arc<dyn Sink>,
 ) -> Result<[Subscription; 2], Error> {
     type Specific = unsafe extern "C" fn(virConnectPtr, virDomainPtr, *const c_char, *mut c_void);
-    type Generic = unsafe extern "C" fn(virConnectPtr, virDomainPtr, *mut c_void);
-    let subscribe = |event: c_uint| {
-        let token = Token::new(Arc::clone(sink));
-        // SAFETY: libvirt's documented way: the callback of the events DEVICE_ADDED and DEVICE_REMOVED, which have the
-        // same arguments, is passed as the generic type and cast back to `Specific` by libvirt before it is called; both
-        // are plain C function pointers.
-        let callback = unsafe { std::mem::transmute::<Specific, Generic>(on_device) };
-        // SAFETY: both pointers are valid while their owners live, and libvirt takes references of its own; `opaque` is
-        // only handed back, and needs no freeing.
-        let id = unsafe {
-            virt_sys::virConnectDomainEventRegisterAny(
-                connect.as_ptr(),
-                domain.as_ptr(),
-                event.cast_signed(),
-                Some(callback),
-                token.opaque(),
-                None,
-            )
-        };
-        if id < 0 {
-            return Err(Error::last_error());
-        }
-        Ok(Subscription { connect: connect.clone(), id, qmp: false, token })
-    };
+    // SAFETY: libvirt's documented way: the callback of the events DEVICE_ADDED and DEVICE_REMOVED, which have the same
+    // arguments, is passed as the generic type and cast back to `Specific` by libvirt before it is called; both are plain C
+    // function pointers.
+    let callback = unsafe { std::mem::transmute::<Specific, Generic>(on_device) };
+    let subscribe = |event| register(connect, Some(domain), event, callback, Arc::clone(sink));
     Ok([
         subscribe(virt_sys::VIR_DOMAIN_EVENT_ID_DEVICE_ADDED)?,
         subscribe(virt_sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED)?,
@@ -174,28 +168,8 @@ pub(crate) fn subscribe_devices(
 
 /// Subscribes to the starts and ends of all domains, and to changes of their metadata.
 pub(crate) fn subscribe_host(connect: &Link, sink: &Arc<dyn Sink>) -> Result<[Subscription; 2], Error> {
-    type Generic = unsafe extern "C" fn(virConnectPtr, virDomainPtr, *mut c_void);
     type OnLifecycle = unsafe extern "C" fn(virConnectPtr, virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
     type OnMetadata = unsafe extern "C" fn(virConnectPtr, virDomainPtr, c_int, *const c_char, *mut c_void);
-    let register = |event: c_uint, callback: Generic| {
-        let token = Token::new(Arc::clone(sink));
-        // SAFETY: the connection is valid while its owner lives, and libvirt takes a reference of its own; no domain stands
-        // for all of them; `opaque` is only handed back, and needs no freeing.
-        let id = unsafe {
-            virt_sys::virConnectDomainEventRegisterAny(
-                connect.as_ptr(),
-                ptr::null_mut(),
-                event.cast_signed(),
-                Some(callback),
-                token.opaque(),
-                None,
-            )
-        };
-        if id < 0 {
-            return Err(Error::last_error());
-        }
-        Ok(Subscription { connect: connect.clone(), id, qmp: false, token })
-    };
     // SAFETY: libvirt's documented way: the callback of an event is passed as the generic type, and cast back by libvirt to
     // the type that belongs to the event before it is called; all are plain C function pointers.
     let (lifecycle, metadata) = unsafe {
@@ -204,9 +178,10 @@ pub(crate) fn subscribe_host(connect: &Link, sink: &Arc<dyn Sink>) -> Result<[Su
             std::mem::transmute::<OnMetadata, Generic>(on_host_metadata),
         )
     };
+    let subscribe = |event, callback| register(connect, None, event, callback, Arc::clone(sink));
     Ok([
-        register(virt_sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle)?,
-        register(virt_sys::VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, metadata)?,
+        subscribe(virt_sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle)?,
+        subscribe(virt_sys::VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, metadata)?,
     ])
 }
 

@@ -112,7 +112,13 @@ impl Lab {
     }
 
     pub(crate) fn protect(&self, guest: &str, on: HostName) -> Result<()> {
-        self.must_understudy(on, &["protect", guest, "--to", on.other().name(), "--insecure"]).map(drop)
+        self.protect_with(guest, on, &[])
+    }
+
+    /// The same, with more options.
+    pub(crate) fn protect_with(&self, guest: &str, on: HostName, options: &[&str]) -> Result<()> {
+        let protect = ["protect", guest, "--to", on.other().name(), "--insecure"];
+        self.must_understudy(on, &[&protect, options].concat()).map(drop)
     }
 
     pub(crate) fn failover(&self, guest: &str, on: HostName) -> Result<FailoverReport> {
@@ -156,12 +162,16 @@ impl Lab {
 
     /// Starts an agent anew, with more arguments, one a line.
     pub(crate) fn restart_agent(&self, host: HostName, role: Role, arguments: &str) -> Result<()> {
-        let program = role.program();
+        self.restart_daemon(host, role.program(), arguments)?;
+        self.wait_agent(host, role)
+    }
+
+    /// The same for any daemon of a host; does not wait until it is up.
+    pub(crate) fn restart_daemon(&self, host: HostName, program: &str, arguments: &str) -> Result<()> {
         let script = format!(
             "printf '%s' '{arguments}' > /run/lab/{program}.args; kill -9 $(cat /run/lab/{program}.pid)"
         );
-        self.shell(host, &script)?;
-        self.wait_agent(host, role)
+        self.shell(host, &script).map(drop)
     }
 
     /// Waits until an agent answers.

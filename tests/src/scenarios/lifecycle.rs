@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{SHAPES, Scenario, start_shaped};
+use super::{SHAPES, Scenario, advances, is_protected, protected, start_shaped};
 use crate::lab::Lab;
 use crate::lab::guest::Guest;
 use crate::lab::plan::HostName::{Alpha, Beta};
-use crate::lab::understudy::{GuestStatus, Role};
+use crate::lab::understudy::Role;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("lifecycle: unprotect ends protection, the guest runs on", unprotect),
@@ -28,39 +28,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 ];
 
 const LIMIT: Duration = Duration::from_secs(120);
-
-fn protected(lab: &Lab) -> Result<Guest> {
-    let mut guest = start_shaped(lab, Alpha, SHAPES[0])?;
-    guest.must("dirty 100 20")?;
-    lab.protect("g1", Alpha)?;
-    advances(lab)?;
-    Ok(guest)
-}
-
-/// The same, with its output let through: to hear of the guest while its backup is lost.
-fn protected_ungated(lab: &Lab) -> Result<Guest> {
-    let mut guest = start_shaped(lab, Alpha, SHAPES[0])?;
-    guest.must("dirty 100 20")?;
-    lab.must_understudy(Alpha, &["protect", "g1", "--to", "beta", "--insecure", "--ungated"])?;
-    advances(lab)?;
-    Ok(guest)
-}
-
-fn is_protected(status: &GuestStatus) -> bool {
-    status.state() == "protected"
-}
-
-/// Epochs go by.
-fn advances(lab: &Lab) -> Result<()> {
-    let now = lab
-        .wait_status((Alpha, Role::Primary), "g1", LIMIT, is_protected)?
-        .number("epochs_total")
-        .unwrap_or(0);
-    lab.wait_status((Alpha, Role::Primary), "g1", LIMIT, |status| {
-        is_protected(status) && status.number("epochs_total").is_some_and(|total| total > now + 3)
-    })
-    .map(drop)
-}
+/// To hear of the guest while its backup is lost.
+const UNGATED: &[&str] = &["--ungated"];
 
 /// The guest is the same one, counts, and its memory is in order.
 fn runs_on(guest: &mut Guest) -> Result<()> {
@@ -75,7 +44,7 @@ fn runs_on(guest: &mut Guest) -> Result<()> {
 }
 
 fn unprotect(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab)?;
+    let mut guest = protected(lab, &[], LIMIT)?;
     lab.must_understudy(Alpha, &["unprotect", "g1"])?;
     runs_on(&mut guest)?;
     ensure!(
@@ -85,7 +54,7 @@ fn unprotect(lab: &Lab) -> Result<()> {
     no_standby(lab)?;
     // And it can be protected again.
     lab.protect("g1", Alpha)?;
-    advances(lab)?;
+    advances(lab, LIMIT)?;
     runs_on(&mut guest)
 }
 
@@ -104,11 +73,11 @@ fn no_standby(lab: &Lab) -> Result<()> {
 }
 
 fn primary_killed(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab)?;
+    let mut guest = protected(lab, &[], LIMIT)?;
     lab.kill_agent(Alpha, Role::Primary)?;
     runs_on(&mut guest).context("right after the agent was killed")?;
     // The next one finds what is left and takes the guest up again.
-    advances(lab).context("protection does not come back")?;
+    advances(lab, LIMIT).context("protection does not come back")?;
     runs_on(&mut guest)
 }
 
@@ -141,35 +110,35 @@ fn primary_killed_at_a_stop(lab: &Lab) -> Result<()> {
     }
     lab.shell(Alpha, "rm /run/lab/understudy-primary.args")?;
     lab.release_agent(Alpha, Role::Primary)?;
-    advances(lab).context("protection does not come back")?;
+    advances(lab, LIMIT).context("protection does not come back")?;
     runs_on(&mut guest)
 }
 
 fn backup_killed(lab: &Lab) -> Result<()> {
-    let mut guest = protected_ungated(lab)?;
+    let mut guest = protected(lab, UNGATED, LIMIT)?;
     lab.hold_agent(Beta, Role::Backup)?;
     lab.wait_status((Alpha, Role::Primary), "g1", Duration::from_secs(10), |status| !is_protected(status))
         .context("the primary does not notice that its backup is gone")?;
     runs_on(&mut guest)?;
     lab.release_agent(Beta, Role::Backup)?;
-    advances(lab).context("protection does not come back")?;
+    advances(lab, LIMIT).context("protection does not come back")?;
     runs_on(&mut guest)
 }
 
 fn link_cut(lab: &Lab) -> Result<()> {
-    let mut guest = protected_ungated(lab)?;
+    let mut guest = protected(lab, UNGATED, LIMIT)?;
     let repl = "repl".parse()?;
     lab.cut(repl)?;
     lab.wait_status((Alpha, Role::Primary), "g1", Duration::from_secs(30), |status| !is_protected(status))
         .context("the primary does not notice that the link is cut")?;
     runs_on(&mut guest)?;
     lab.heal(repl)?;
-    advances(lab).context("protection does not come back")?;
+    advances(lab, LIMIT).context("protection does not come back")?;
     runs_on(&mut guest)
 }
 
 fn ends_by(lab: &Lab, command: &str) -> Result<()> {
-    drop(protected(lab)?);
+    drop(protected(lab, &[], LIMIT)?);
     // libvirt takes the stop of a checkpoint for a pause, and shuts down only what runs: whoever asks in that moment
     // is told so, and asks again.
     let script = format!(
@@ -189,21 +158,21 @@ fn ends_by(lab: &Lab, command: &str) -> Result<()> {
     lab.shell(Alpha, "virsh start g1")?;
     let mut guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
     lab.protect("g1", Alpha)?;
-    advances(lab)?;
+    advances(lab, LIMIT)?;
     runs_on(&mut guest)
 }
 
 fn undefine(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab)?;
+    let mut guest = protected(lab, &[], LIMIT)?;
     lab.shell(Alpha, "virsh undefine g1")?;
     runs_on(&mut guest)?;
-    advances(lab)
+    advances(lab, LIMIT)
 }
 
 /// A suspend that falls into the stop of a checkpoint is lost: libvirt takes that stop for its own. Whoever
 /// suspends a protected guest looks, and repeats it.
 fn suspend(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab)?;
+    let mut guest = protected(lab, &[], LIMIT)?;
     lab.shell(
         Alpha,
         "for i in $(seq 20); do
@@ -223,16 +192,16 @@ fn suspend(lab: &Lab) -> Result<()> {
     ensure!(state.trim() == "paused", "a suspended guest is {}", state.trim());
     lab.shell(Alpha, "virsh resume g1")?;
     runs_on(&mut guest)?;
-    advances(lab)?;
+    advances(lab, LIMIT)?;
     runs_on(&mut guest)
 }
 
 fn reboot(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab)?;
+    let mut guest = protected(lab, &[], LIMIT)?;
     let boot = guest.count()?.boot;
     drop(guest);
     super::reboot(lab, &boot)?;
-    advances(lab)?;
+    advances(lab, LIMIT)?;
     let mut guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
     guest.must("dirty 100 20")?;
     runs_on(&mut guest)

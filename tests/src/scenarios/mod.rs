@@ -24,7 +24,7 @@ use crate::lab::plan::{HostName, Link, Net};
 use crate::lab::remote::Exec;
 use crate::lab::roots::Roots;
 use crate::lab::state::LabDir;
-use crate::lab::understudy::Role;
+use crate::lab::understudy::{GuestStatus, Role};
 use crate::lab::{self, Lab};
 use crate::process;
 use crate::testing::{self, Report};
@@ -70,6 +70,29 @@ const SHAPES: [Shape; 4] = [("pc", 1), ("pc", 2), ("q35", 1), ("q35", 2)];
 fn start_shaped(lab: &Lab, host: HostName, (machine, vcpus): Shape) -> Result<Guest> {
     lab.start_guest(host, &GuestSpec { machine: machine.into(), vcpus, ..GuestSpec::new("g1") })?;
     Guest::wait(lab.dir(), "g1", UP)
+}
+
+/// Guest g1 on alpha, protected with these options, with epochs going by.
+fn protected(lab: &Lab, options: &[&str], limit: Duration) -> Result<Guest> {
+    let mut guest = start_shaped(lab, HostName::Alpha, SHAPES[0])?;
+    guest.must("dirty 100 20")?;
+    lab.protect_with("g1", HostName::Alpha, options)?;
+    advances(lab, limit)?;
+    Ok(guest)
+}
+
+fn is_protected(status: &GuestStatus) -> bool {
+    status.state() == "protected"
+}
+
+/// Epochs of guest g1 go by.
+fn advances(lab: &Lab, limit: Duration) -> Result<()> {
+    let primary = (HostName::Alpha, Role::Primary);
+    let now = lab.wait_status(primary, "g1", limit, is_protected)?.number("epochs_total").unwrap_or(0);
+    lab.wait_status(primary, "g1", limit, |status| {
+        is_protected(status) && status.number("epochs_total").is_some_and(|total| total > now + 3)
+    })
+    .map(drop)
 }
 
 /// Has guest g1 start itself anew; gives its new boot identity.

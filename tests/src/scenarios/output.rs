@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{SHAPES, Scenario, start_shaped};
+use super::{Scenario, advances, protected};
 use crate::lab::Lab;
 use crate::lab::domain::GuestSpec;
 use crate::lab::frames::FramesFrom;
@@ -38,29 +38,19 @@ const AWAY: Duration = Duration::from_secs(5);
 /// A frame that was released in the last moment may take so long to the client through an emulated host.
 const ON_THE_WAY: Duration = Duration::from_millis(500);
 
-/// Guest g1 on alpha, protected, with epochs going by.
-fn protected(lab: &Lab) -> Result<Guest> {
-    let mut guest = start_shaped(lab, Alpha, SHAPES[0])?;
-    guest.must("dirty 100 20")?;
-    lab.protect("g1", Alpha)?;
-    advances(lab)?;
-    Ok(guest)
-}
-
-fn advances(lab: &Lab) -> Result<()> {
-    let total = |status: &crate::lab::understudy::GuestStatus| status.number("epochs_total").unwrap_or(0);
-    let now = total(&lab.wait_status((Alpha, Role::Primary), "g1", LIMIT, |s| s.state() == "protected")?);
-    lab.wait_status((Alpha, Role::Primary), "g1", LIMIT, |status| {
-        status.state() == "protected" && total(status) > now + 3
-    })
-    .map(drop)
+/// The answers of the protected guest to a client that pings it, as its card says them and as the client hears them.
+fn pinged(lab: &Lab) -> Result<(Said, Pinger)> {
+    let said = Said::start(lab, Alpha, "g1")?;
+    let pinger = Pinger::start(lab.dir(), "g1")?;
+    pinger.wait(LIMIT)?;
+    Ok((said, pinger))
 }
 
 /// A client sets a number in the guest's memory, higher each time, and waits for the answer. Whatever was answered
 /// when the power fails must be in the guest that goes on.
 fn nothing_leaves_early(lab: &Lab) -> Result<()> {
     const ENOUGH: u64 = 1008;
-    drop(protected(lab)?);
+    drop(protected(lab, &[], LIMIT)?);
     let frames = lab.dir().shared().join("output.pcap");
     let link = "lan:alpha".parse()?;
     lab.ask(&crate::lab::control::Request::Pcap(link, frames.clone()))?;
@@ -103,10 +93,8 @@ fn nothing_leaves_early(lab: &Lab) -> Result<()> {
 }
 
 fn agent_killed(lab: &Lab) -> Result<()> {
-    drop(protected(lab)?);
-    let said = Said::start(lab, Alpha, "g1")?;
-    let pinger = Pinger::start(lab.dir(), "g1")?;
-    pinger.wait(LIMIT)?;
+    drop(protected(lab, &[], LIMIT)?);
+    let (said, pinger) = pinged(lab)?;
     lab.hold_agent(Alpha, Role::Primary)?;
     std::thread::sleep(ON_THE_WAY);
     let dead = Instant::now();
@@ -116,14 +104,12 @@ fn agent_killed(lab: &Lab) -> Result<()> {
     lab.release_agent(Alpha, Role::Primary)?;
     let answers = pinger.all_heard(&said, LIMIT)?;
     println!("    {answers} answers, all heard, none of them while the agent was away");
-    advances(lab)
+    advances(lab, LIMIT)
 }
 
 fn unprotect(lab: &Lab) -> Result<()> {
-    drop(protected(lab)?);
-    let said = Said::start(lab, Alpha, "g1")?;
-    let pinger = Pinger::start(lab.dir(), "g1")?;
-    pinger.wait(LIMIT)?;
+    drop(protected(lab, &[], LIMIT)?);
+    let (said, pinger) = pinged(lab)?;
     lab.must_understudy(Alpha, &["unprotect", "g1"])?;
     pinger.wait(LIMIT)?;
     let answers = pinger.all_heard(&said, LIMIT)?;
@@ -132,14 +118,14 @@ fn unprotect(lab: &Lab) -> Result<()> {
     ensure!(left.is_empty(), "the gate is still there: {left}");
     // And it can be protected again.
     lab.protect("g1", Alpha)?;
-    advances(lab)
+    advances(lab, LIMIT)
 }
 
 /// Some say nothing while the power fails, others ask all the time.
 fn connections(lab: &Lab) -> Result<()> {
     const IDLE: usize = 20;
     const BUSY: usize = 5;
-    let boot = protected(lab)?.count()?.boot;
+    let boot = protected(lab, &[], LIMIT)?.count()?.boot;
     let connect = || Guest::connect(lab.dir(), "g1", LIMIT);
     let mut idle = (0..IDLE).map(|_| connect()).collect::<Result<Vec<_>>>()?;
     for guest in &mut idle {
@@ -181,7 +167,7 @@ fn connections(lab: &Lab) -> Result<()> {
 
 /// The old host never notices the promotion: its agent is stopped before, and wakes up after.
 fn stood_still(lab: &Lab) -> Result<()> {
-    drop(protected(lab)?);
+    drop(protected(lab, &[], LIMIT)?);
     let pinger = Pinger::start(lab.dir(), "g1")?;
     pinger.wait(LIMIT)?;
     lab.shell(Alpha, "kill -STOP $(cat /run/lab/understudy-primary.pid)")?;
@@ -200,10 +186,8 @@ fn stood_still(lab: &Lab) -> Result<()> {
 }
 
 fn backup_lost(lab: &Lab) -> Result<()> {
-    drop(protected(lab)?);
-    let said = Said::start(lab, Alpha, "g1")?;
-    let pinger = Pinger::start(lab.dir(), "g1")?;
-    pinger.wait(LIMIT)?;
+    drop(protected(lab, &[], LIMIT)?);
+    let (said, pinger) = pinged(lab)?;
     let repl = "repl".parse()?;
     lab.cut(repl)?;
     std::thread::sleep(ON_THE_WAY);
@@ -219,7 +203,7 @@ fn backup_lost(lab: &Lab) -> Result<()> {
     let status = lab.status(Alpha, Role::Primary, "g1")?.context("the primary does not know the guest")?;
     ensure!(status.number("output_dropped_total") == Some(0), "{status:?}");
     println!("    {answers} answers, all heard, none of them while the backup was lost");
-    advances(lab)
+    advances(lab, LIMIT)
 }
 
 fn ungated(lab: &Lab) -> Result<()> {
@@ -233,7 +217,7 @@ fn ungated(lab: &Lab) -> Result<()> {
     let left = lab.shell(Alpha, "ls /sys/class/net | grep usg- || true")?;
     ensure!(left.is_empty(), "a refusal has left a gate: {left}");
     lab.must_understudy(Alpha, &[&protect[..], &["--ungated"]].concat())?;
-    advances(lab)?;
+    advances(lab, LIMIT)?;
     let status = lab.status(Alpha, Role::Primary, "g1")?.context("the primary does not know the guest")?;
     ensure!(status.text("output").contains("NOT held back"), "{status:?}");
     ensure!(status.text("detail").contains("NOT held back"), "{status:?}");

@@ -48,14 +48,6 @@ impl Drop for Witness {
     }
 }
 
-/// Starts the watchdog of a host anew, with more arguments, one a line.
-fn watchdog(lab: &Lab, host: HostName, arguments: &str) -> Result<()> {
-    let script = format!(
-        "printf '%s' '{arguments}' > /run/lab/{WATCHDOG}.args; kill -9 $(cat /run/lab/{WATCHDOG}.pid)"
-    );
-    lab.shell(host, &script).map(drop)
-}
-
 fn automatic(host: HostName) -> String {
     let peers =
         [Net::Repl, Net::Lan].map(|net| format!("--peer\n{}:{HEARTBEAT_PORT}", host.other().address(net)));
@@ -92,10 +84,10 @@ fn unattended(lab: &Lab) -> Result<()> {
     let _witness = Witness::start(lab)?;
     let from = HostName::ALL.map(|host| said(lab, host, 0).len());
     for host in HostName::ALL {
-        watchdog(lab, host, &automatic(host))?;
+        lab.restart_daemon(host, WATCHDOG, &automatic(host))?;
     }
     let result = power_cut(lab, from);
-    watchdog(lab, HostName::Beta, "")?;
+    lab.restart_daemon(HostName::Beta, WATCHDOG, "")?;
     result
 }
 
