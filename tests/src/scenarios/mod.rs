@@ -32,8 +32,8 @@ use crate::ui::Steps;
 
 pub(crate) use versions::VERSIONS;
 
-/// All scenarios together take less.
-const LIFETIME: Duration = Duration::from_secs(3600);
+/// All scenarios together take less, also beside other work.
+const LIFETIME: Duration = Duration::from_secs(5400);
 
 /// How often a scenario begins at most.
 const ATTEMPTS: u32 = 3;
