@@ -5,6 +5,7 @@ use std::time::Duration;
 use understudy_libvirt::{DomainEvent, RunState};
 use understudy_proto::epoch::{Committed, EpochKind};
 use understudy_proto::ids::{EpochId, Generation};
+use understudy_proto::pace::EpochGoals;
 use understudy_proto::rpc::admin::GuestState;
 use understudy_proto::rpc::epoch::{EpochRef, GoodbyeReason, HelloAck, Refused, Reject};
 
@@ -15,8 +16,10 @@ use crate::capture::run_state::Question;
 pub struct Settings {
     /// Owner of the guest.
     pub generation: Generation,
-    /// The guest runs this long between two stops.
+    /// The guest runs this long between two stops; with `goals`, at first.
     pub epoch: Duration,
+    /// The length of epochs is found while they run.
+    pub goals: Option<EpochGoals>,
     /// It runs at least this long if its output waits.
     pub floor: Duration,
     /// An operator waits for the first commit: until then a failure ends the protection instead of being retried.
@@ -98,6 +101,13 @@ pub enum Event {
     /// So many bytes are in the gate at a moment that counts: just before a commit is taken.
     OutputHeld {
         /// All of them, sealed or not.
+        bytes: u64,
+    },
+    /// What the epoch whose commit comes next was like.
+    Measured {
+        /// How long it kept the guest stopped, by QEMU's clock; `None` if its events were lost.
+        stop: Option<Duration>,
+        /// Bytes sent since the last commit.
         bytes: u64,
     },
     /// The gate has not released what it was told to, for the reason given. What it holds waits for a full copy.
@@ -219,4 +229,8 @@ pub struct View {
     pub committed: Option<EpochId>,
     /// The epoch that is captured or not yet acknowledged.
     pub in_flight: Option<(EpochId, EpochKind)>,
+    /// Length of the next epoch.
+    pub epoch: Duration,
+    /// Why it is that long; empty if it is fixed.
+    pub pace: String,
 }

@@ -19,6 +19,7 @@ mod end;
 mod event;
 mod link;
 mod output;
+mod pace;
 mod view;
 
 use std::time::{Duration, Instant};
@@ -34,7 +35,7 @@ pub use event::{CaptureFailure, Command, Event, Outcome, OutcomeKind, Settings, 
 
 use end::End;
 use link::Link;
-use output::Pace;
+use pace::Pace;
 
 /// Between two questions to a QEMU whose answer does not help.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
@@ -127,6 +128,7 @@ enum Asking {
 impl Engine {
     /// For a guest of which nothing is captured yet.
     pub fn new(settings: Settings, now: Instant) -> Self {
+        let pace = Pace::new(&settings, now);
         Self {
             link: Link::new(settings.first_session),
             settings,
@@ -137,7 +139,7 @@ impl Engine {
             committed: None,
             needs_full: Some("nothing is copied yet".to_owned()),
             next_epoch: EpochId(1),
-            pace: Pace::new(now),
+            pace,
             arm_at: now,
             arm_failures: 0,
             asking: Asking::From(now),
@@ -222,6 +224,7 @@ impl Engine {
             Event::Paused(result) => self.paused(result, now),
             Event::OutputWaiting { pressing } => self.output_waiting(pressing),
             Event::OutputHeld { bytes } => self.output_held(bytes),
+            Event::Measured { stop, bytes } => self.measured(stop, bytes, now),
             Event::OutputFailed(reason) => self.output_failed(&reason, now, out),
             Event::StoodStill(still) => self.stood_still(still, out),
             Event::Unprotect => self.unprotect(),
@@ -409,7 +412,7 @@ impl Engine {
             Capture::Ready if now >= self.next_stop() => {
                 let epoch = self.take_epoch(EpochKind::Delta);
                 self.run.reply_sent();
-                let hold = self.pace.stopping(now);
+                let hold = self.stopping(now);
                 self.capture = Capture::Stopping { hold };
                 out.push(if hold { Command::CheckpointHeld(epoch) } else { Command::Checkpoint(epoch) });
             }

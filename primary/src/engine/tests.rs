@@ -1,6 +1,7 @@
 //! The engine against tables of events.
 
 mod output;
+mod pace;
 mod random;
 
 use serde_json::json;
@@ -22,6 +23,7 @@ fn settings() -> Settings {
     Settings {
         generation: GENERATION,
         epoch: EPOCH,
+        goals: None,
         floor: FLOOR,
         attended: false,
         first_session: 7,

@@ -11,7 +11,8 @@ impl Engine {
     pub fn view(&self) -> View {
         let (state, detail) = self.state();
         let in_flight = self.window.as_ref().map(|window| (window.epoch, window.kind));
-        View { state, detail, committed: self.committed, in_flight }
+        let (epoch, pace) = (self.epoch_length(), self.pace.reason().to_owned());
+        View { state, detail, committed: self.committed, in_flight, epoch, pace }
     }
 
     fn state(&self) -> (GuestState, String) {
