@@ -12,6 +12,10 @@ use crate::workspace;
 pub(crate) enum Bench {
     /// How long a checkpoint keeps a guest stopped, beside stock COLO
     Pause,
+    /// What protection costs a guest that works all the time, beside stock COLO
+    Slowdown,
+    /// How near the autopilot comes to the best fixed length of epochs
+    Autopilot,
     /// Bytes of generated epochs on the wire
     Wire,
     /// What encoding a page costs
@@ -29,6 +33,8 @@ pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Resul
     let name = match bench {
         Bench::Load => None,
         Bench::Pause => Some("pause"),
+        Bench::Slowdown => Some("slowdown"),
+        Bench::Autopilot => Some("autopilot"),
         Bench::Wire => Some("wire"),
         Bench::Codec => Some("codec"),
         Bench::Memory => Some("memory"),
