@@ -57,6 +57,9 @@ const SCENARIOS: &[&[Scenario]] = &[
     metadata::SCENARIOS,
 ];
 
+/// Played after those when they are asked for by name, and in the campaign.
+const ON_REQUEST: &[&[Scenario]] = &[exactness::ON_REQUEST, failover::ON_REQUEST];
+
 /// How long a guest may take until it answers.
 const UP: Duration = Duration::from_secs(120);
 
@@ -131,8 +134,9 @@ pub(crate) fn run(report: &mut Report, pattern: &str, roots: Roots) -> Result<()
 pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     let roots = lab.roots().unwrap_or_default();
     let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
-    let variants = exactness::ON_REQUEST.iter().filter(|_| !pattern.is_empty() || roots != Roots::default());
-    let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions);
+    let asked = !pattern.is_empty() || roots != Roots::default();
+    let on_request = ON_REQUEST.iter().copied().flatten().filter(|_| asked);
+    let all = SCENARIOS.iter().copied().flatten().chain(on_request).chain(versions);
     let repeats = Cell::new(0);
     for (name, scenario) in all.filter(|(name, _)| name.contains(pattern)) {
         report.test(name, || repeated(lab, &repeats, *scenario));
