@@ -2,10 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
+use crate::arbiter::FenceCommand;
 use crate::bound;
 use crate::owner::{LostBackup, Policies, QemuCrash, Timing};
 
@@ -75,6 +77,19 @@ pub struct Config {
     /// Protect it again over plain TCP, as with `understudy protect --insecure`.
     #[arg(long)]
     pub insecure: bool,
+
+    /// When the arbiter and the other host are both silent: the program that switches the other host off, called as fence
+    /// agents are. Its success is the licence to start the guest here. Only with --on-lost-backup hold, on both hosts.
+    #[arg(long, value_name = "PROGRAM", requires = "peer")]
+    pub fence: Option<PathBuf>,
+
+    /// The fencing program's options, KEY=VALUE a line; `action` is given by the watchdog.
+    #[arg(long, value_name = "FILE", requires = "fence")]
+    pub fence_options: Option<PathBuf>,
+
+    /// How long the fencing program may take, in milliseconds; beyond that it has not succeeded.
+    #[arg(long, value_name = "N", default_value_t = 60_000)]
+    pub fence_timeout_ms: u64,
 
     /// Serve as witness on this address, and do nothing else.
     #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["peer", "witness_at"])]
@@ -172,6 +187,27 @@ impl Config {
         Duration::from_millis(self.load_limit_ms)
     }
 
+    /// What switches the other host off, if that is configured. Blocks for a moment.
+    ///
+    /// # Errors
+    /// If the options cannot be used. They may hold passwords, and are not quoted.
+    pub fn fence(&self) -> Result<Option<Arc<FenceCommand>>, String> {
+        let Some(program) = self.fence.clone() else { return Ok(None) };
+        let mut options = Vec::new();
+        if let Some(file) = &self.fence_options {
+            let named = |reason: String| format!("--fence-options {}: {reason}", file.display());
+            let text = std::fs::read_to_string(file).map_err(|error| named(error.to_string()))?;
+            for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+                let (key, value) = line
+                    .split_once('=')
+                    .ok_or_else(|| named(format!("line {} is no KEY=VALUE", number + 1)))?;
+                options.push((key.trim().to_owned(), value.trim().to_owned()));
+            }
+        }
+        let timeout = Duration::from_millis(self.fence_timeout_ms);
+        Ok(Some(Arc::new(FenceCommand { program, options, timeout })))
+    }
+
     /// Who is asked to protect a guest that runs alone.
     pub fn spares(&self) -> Vec<String> {
         if self.no_reprotect {
@@ -209,6 +245,13 @@ impl Config {
         if !SUSPECT_AFTER_MS.contains(&self.qemu_silent_ms) {
             let (from, to) = (SUSPECT_AFTER_MS.start(), SUSPECT_AFTER_MS.end());
             mistakes.push(format!("--qemu-silent-ms is {}: give {from} to {to}", self.qemu_silent_ms));
+        }
+        if self.fence.is_some() && self.on_lost_backup == OnLostBackup::Solo {
+            mistakes.push(
+                "--fence is given with --on-lost-backup solo: a primary that went on alone has let out what no backup \
+                 holds; use hold, on both hosts"
+                    .to_owned(),
+            );
         }
         if !LOAD_LIMIT_MS.contains(&self.load_limit_ms) {
             let (from, to) = (LOAD_LIMIT_MS.start(), LOAD_LIMIT_MS.end());
@@ -260,6 +303,27 @@ mod tests {
         assert_eq!(spares(&peers), ["10.0.0.2", "fe80::2"]);
         assert_eq!(spares(&[&peers[..], &["--spare", "c", "--spare", "d:9"]].concat()), ["c", "d:9"]);
         assert_eq!(spares(&[&peers[..], &["--no-reprotect"]].concat()), [""; 0]);
+    }
+
+    #[test]
+    fn fencing_is_for_pairs_that_hold_and_its_options_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("options");
+        let parse = |more: &[&str]| {
+            let args = ["understudy-watchdog", "--peer", "10.0.0.2:7422", "--witness-at", "w"];
+            Config::try_parse_from(args.iter().chain(more)).unwrap()
+        };
+        let options = file.to_str().unwrap();
+        std::fs::write(&file, "ip=bmc\n\npassword = a=b\n").unwrap();
+        let config = parse(&["--fence", "/usr/sbin/fence_ipmilan", "--fence-options", options]);
+        assert_eq!(config.mistakes(), Vec::<String>::new());
+        let expected = [("ip".to_owned(), "bmc".to_owned()), ("password".to_owned(), "a=b".to_owned())];
+        assert_eq!(config.fence().unwrap().unwrap().options, expected);
+        std::fs::write(&file, "ip=bmc\nsecret\n").unwrap();
+        let error = config.fence().unwrap_err();
+        assert!(error.contains("line 2") && !error.contains("secret"), "{error}");
+        assert_eq!(parse(&["--fence", "f", "--on-lost-backup", "solo"]).mistakes().len(), 1);
+        assert!(parse(&[]).fence().unwrap().is_none());
     }
 
     #[test]

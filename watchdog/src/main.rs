@@ -102,6 +102,7 @@ fn keep_guests(config: &Config, libvirt: Arc<Libvirt>) -> Result<(), String> {
         policies: config.policies(),
         timing: config.timing(),
         limits: bound::Limits { arbiter: WITNESS_ANSWER, load: config.load_limit() },
+        fence: config.fence()?,
         spares: config.spares(),
         reports: Reports::new(config.state_dir.join("reports")),
     };

@@ -30,6 +30,7 @@ use crate::process;
 use crate::testing::{self, Report};
 use crate::ui::Steps;
 
+pub(crate) use owner::takeovers;
 pub(crate) use versions::VERSIONS;
 
 /// All scenarios together take less.

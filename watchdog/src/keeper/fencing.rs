@@ -46,7 +46,8 @@ impl Fencing {
         now: Instant,
     ) -> Option<Arc<FenceCommand>> {
         let command = self.command.as_ref()?;
-        let silent = self.silent_since.is_some_and(|since| now.saturating_duration_since(since) >= ARBITER_SILENT);
+        let silent =
+            self.silent_since.is_some_and(|since| now.saturating_duration_since(since) >= ARBITER_SILENT);
         let wanted = *role == Role::Claiming && matches!(suspicion, Some(Suspicion::Silent(_))) && silent;
         if !wanted || self.again.is_some_and(|again| now < again) {
             return None;
@@ -84,7 +85,10 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         fencing.arbiter(false, start);
         assert!(fencing.due(&Role::Claiming, silent, at(4)).is_none(), "it may be being restarted");
-        assert!(fencing.due(&Role::Claiming, Some(Suspicion::QemuCrashed), at(6)).is_none(), "its host lives");
+        assert!(
+            fencing.due(&Role::Claiming, Some(Suspicion::QemuCrashed), at(6)).is_none(),
+            "its host lives"
+        );
         assert!(fencing.due(&Role::Protected, silent, at(6)).is_none(), "nothing is claimed");
         assert!(fencing.due(&Role::Claiming, silent, at(6)).is_some());
         assert!(fencing.due(&Role::Claiming, silent, at(7)).is_none(), "one at a time");

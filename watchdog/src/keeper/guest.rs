@@ -10,6 +10,7 @@ use understudy_proto::ids::{EpochId, Generation, GuestId};
 use understudy_proto::ownership::Owner;
 use understudy_proto::rpc::Failure;
 
+use super::fencing::Fencing;
 use super::handing::Handing;
 use super::hands::{self, Hands};
 use super::host::{Over, Place, Seen};
@@ -39,6 +40,7 @@ pub(super) struct Kept {
     /// The host the guest was protected on first.
     pub(super) home: Option<String>,
     policies: crate::owner::Policies,
+    fencing: Fencing,
     peer: Option<Heartbeat>,
     last: Option<Seen>,
     /// As the last look found it.
@@ -73,6 +75,7 @@ impl Kept {
             handing: Handing::default(),
             home: settings.reports.home(guest),
             policies: settings.policies,
+            fencing: Fencing::new(settings.fence.clone()),
             peer: None,
             last: None,
             protecting: false,
@@ -99,6 +102,15 @@ impl Kept {
     /// An operator wants it here.
     pub(super) fn claim(&mut self, now: Instant) {
         self.step(Input::Claim, now);
+    }
+
+    /// The arbiter has answered, or not. If it is lost as the other host is, fencing may be the way.
+    pub(super) fn arbiter(&mut self, answered: bool, now: Instant) {
+        self.fencing.arbiter(answered, now);
+        let (role, suspicion) = (self.engine.protocol().role(), self.engine.suspicion());
+        if let Some(command) = self.fencing.due(role, suspicion, now) {
+            self.hands.fence(command);
+        }
     }
 
     pub(super) fn look_begins(&mut self) {

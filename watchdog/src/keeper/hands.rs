@@ -7,7 +7,7 @@ use tracing::{error, warn};
 use understudy_proto::ids::GuestId;
 
 use super::Answer;
-use crate::arbiter::Arbiter;
+use crate::arbiter::{Arbiter, FenceCommand};
 use crate::keeper::Host;
 use crate::owner::{Command, Event};
 
@@ -62,6 +62,10 @@ impl Hands {
         });
     }
 
+    pub(super) fn fence(&self, command: Arc<FenceCommand>) {
+        tokio::spawn(super::fencing::fence_and_promote(self.guest, command, Arc::clone(&self.host)));
+    }
+
     pub(super) fn take_back(&self) {
         let Self { guest, host, .. } = self.clone();
         tokio::spawn(async move {
@@ -102,6 +106,9 @@ async fn ask(
             Command::Swap(new) => arbiter.swap(guest, new).await.map(|()| None),
             _ => arbiter.read(guest).await.map(|record| Some(Event::Record(record))),
         };
+        if answers.send(Answer::Arbiter(guest, answer.is_ok())).await.is_err() {
+            return;
+        }
         match answer {
             Ok(event) => {
                 silent = false;

@@ -86,6 +86,8 @@ pub trait Host: Send + Sync {
     async fn carry_out(&self, guest: GuestId, command: Command) -> Option<Event>;
     /// Protects a guest that runs here by the backup `to`; ends when it is protected, or cannot be.
     async fn protect(&self, guest: GuestId, to: &str) -> Result<(), Failure>;
+    /// Starts the guest from its image here: the other host is off for sure.
+    async fn promote_fenced(&self, guest: GuestId) -> Result<(), Failure>;
     /// Has the guest stand still behind a committed epoch; gives the epoch.
     async fn hand_over(&self, guest: GuestId) -> Result<EpochId, Failure>;
     /// Lets it run on after that.
@@ -258,6 +260,11 @@ impl AgentHost {
             confirmed => return confirmed,
         }
         // The record says that it is to run here; what was loaded for that is gone, so it is loaded again.
+        self.promote(guest).await
+    }
+
+    async fn promote(&self, guest: GuestId) -> Result<(), Failure> {
+        let mut agent = self.agent(transport::BACKUP_SOCKET).await?;
         let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: true, hold: false };
         let mut steps = match agent.failover(request).await {
             Err(failure) if failure.code == "already-promoted" => return Ok(()),
@@ -374,6 +381,10 @@ impl Host for AgentHost {
             Err(Failure::new(FailureKind::Internal, "no-end", "the full copy ended without a word"))
         };
         tokio::time::timeout(COPY, follow).await.unwrap_or(Ok(()))
+    }
+
+    async fn promote_fenced(&self, guest: GuestId) -> Result<(), Failure> {
+        self.promote(guest).await
     }
 
     async fn hand_over(&self, guest: GuestId) -> Result<EpochId, Failure> {

@@ -4,6 +4,7 @@
 //! guest and in order, whose answers come back as events.
 
 mod answers;
+mod fencing;
 mod guest;
 mod handing;
 mod hands;
@@ -53,6 +54,8 @@ pub struct Settings {
     pub limits: Limits,
     /// Backups for a guest that runs alone, in the order in which they are asked.
     pub spares: Vec<String>,
+    /// Switches the other host off when the arbiter is lost.
+    pub fence: Option<Arc<crate::arbiter::FenceCommand>>,
     /// Where takeovers are reported.
     pub reports: Reports,
 }
@@ -63,6 +66,8 @@ pub(super) enum Answer {
     Looked(Vec<Seen>),
     /// A command that opens the gate is done.
     Opened(GuestId),
+    /// The arbiter was asked and has answered, or not.
+    Arbiter(GuestId, bool),
     /// An attempt to protect the guest again is over.
     Protected(GuestId, String, Result<(), Failure>),
     /// The guest stands still for the other host, or does not.
@@ -157,6 +162,11 @@ impl Keeper {
             Answer::Opened(guest) => {
                 if let Some(kept) = self.guests.get_mut(&guest) {
                     kept.opened();
+                }
+            }
+            Answer::Arbiter(guest, answered) => {
+                if let Some(kept) = self.guests.get_mut(&guest) {
+                    kept.arbiter(answered, now);
                 }
             }
             Answer::Protected(guest, to, result) => {

@@ -121,3 +121,20 @@ fn link_cut(keeping: &mut Keeping) -> Result<()> {
     ensure!(again == copies, "{copies} full copies before a link was cut, {again} after");
     keeping.answers_since(Instant::now()).map(drop)
 }
+
+/// QEMU dies, now here and now there; gives the report of every takeover.
+pub(crate) fn takeovers(lab: &Lab, count: usize) -> Result<Vec<serde_json::Value>> {
+    let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
+    let mut on = Alpha;
+    (0..count)
+        .map(|_| {
+            let moment = Instant::now();
+            lab.shell(on, "kill -KILL $(cat /run/libvirt/qemu/g1.pid)")?;
+            keeping.taken_over(on, moment, "QEMU dies")?;
+            on = on.other();
+            let report = keeping.report(on)?;
+            keeping.paired(on)?;
+            Ok(report)
+        })
+        .collect()
+}
