@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: builds a measurement in release mode and runs it.
 
+mod failover;
+
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
@@ -24,14 +26,19 @@ pub(crate) enum Bench {
     Memory,
     /// How long a promotion takes to load a guest, and the backup's memory
     Load,
+    /// How long failovers in the lab take, part by part
+    Failover,
 }
 
 /// Runs one; `more` goes to it as it is.
 pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Result<i32> {
+    if bench == Bench::Failover {
+        return failover::run(json.as_deref(), more);
+    }
     let mut cargo = workspace::cargo();
     cargo.args(["run", "--locked", "--release", "-p"]);
     let name = match bench {
-        Bench::Load => None,
+        Bench::Load | Bench::Failover => None,
         Bench::Pause => Some("pause"),
         Bench::Slowdown => Some("slowdown"),
         Bench::Autopilot => Some("autopilot"),

@@ -30,6 +30,7 @@ use crate::process;
 use crate::testing::{self, Report};
 use crate::ui::Steps;
 
+pub(crate) use owner::takeovers;
 pub(crate) use versions::VERSIONS;
 
 /// All scenarios together take less, also beside other work.
@@ -43,6 +44,9 @@ const REPEATS: u32 = 10;
 
 /// A name, and what must not fail.
 type Scenario = (&'static str, fn(&Lab) -> Result<()>);
+
+/// What the scenarios of who runs a guest are called; those of a campaign run only if their name is asked for.
+pub(crate) const OWNER: &str = "owner";
 
 /// In the order in which they run.
 const SCENARIOS: &[&[Scenario]] = &[
@@ -136,7 +140,8 @@ pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
     let asked = !pattern.is_empty() || roots != Roots::default();
     let on_request = ON_REQUEST.iter().copied().flatten().filter(|_| asked);
-    let all = SCENARIOS.iter().copied().flatten().chain(on_request).chain(versions);
+    let partitions = owner::ON_REQUEST.iter().filter(|_| pattern.contains(OWNER));
+    let all = SCENARIOS.iter().copied().flatten().chain(on_request).chain(versions).chain(partitions);
     let repeats = Cell::new(0);
     for (name, scenario) in all.filter(|(name, _)| name.contains(pattern)) {
         report.test(name, || repeated(lab, &repeats, *scenario));

@@ -80,6 +80,7 @@ impl Guest {
             status.bytes_total = self.sent_bytes.load(Ordering::Relaxed);
             status.encoding = Some(self.encoder.report());
             snapshot.committed_at = self.committed_at;
+            snapshot.handed_over = view.handed_over;
             snapshot.percent = copying.then(|| self.progress.percent());
             if last {
                 snapshot.outcome = self.outcome.clone();
