@@ -34,6 +34,15 @@ pub(crate) enum Command {
     },
     /// Start a guest on this host from its last committed epoch. Run it on the backup host.
     Failover(FailoverArgs),
+    /// Move a protected guest to its backup as planned work, with nothing lost: it stands still for a moment, and goes on
+    /// there. Run it on the host the guest runs on.
+    Switchover(AboutArgs),
+    /// The same, if the backup is the host where the guest was protected first.
+    Failback(AboutArgs),
+    /// Show the last takeover of a guest to or from this host: why, from which epoch, and how long each part took.
+    Report(AboutArgs),
+    /// Show within which time a guest of this host is taken over when its primary fails, with the arithmetic.
+    Explain(AboutArgs),
     /// Show what the agents of this host know of their guests.
     ///
     /// With --json the answer is {"agents":{"primary":..,"backup":..},"guests":[..]}: for each agent "running" or
@@ -138,6 +147,15 @@ pub(crate) struct FailoverArgs {
 }
 
 #[derive(Debug, clap::Args)]
+pub(crate) struct AboutArgs {
+    /// Name or UUID of the domain.
+    pub domain: String,
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
 pub(crate) struct StatusArgs {
     /// Name, id or UUID of a domain; all of them if left out.
     pub domain: Option<String>,
@@ -189,6 +207,8 @@ mod tests {
             &["understudy", "protect", "web", "--to", "beta", "--epoch-ms", "0"],
             &["understudy", "protect", "web", "--to", "beta", "--epoch-ms", "60001"],
             &["understudy", "failover"],
+            &["understudy", "switchover"],
+            &["understudy", "report", "--json"],
             &["understudy", "unprotect"],
         ] {
             assert!(Args::try_parse_from(line).is_err(), "{line:?}");

@@ -43,6 +43,10 @@ pub(crate) async fn unprotect(run_dir: &Path, domain: &str) -> Result<(), Failur
 
 /// `understudy failover`.
 pub(crate) async fn failover(run_dir: &Path, args: &FailoverArgs) -> Result<(), Failure> {
+    // Where a watchdog keeps the guest, the arbiter decides, unless the operator knows better.
+    if !args.i_have_fenced && crate::owner::failover(run_dir, args).await?.is_some() {
+        return Ok(());
+    }
     let mut agent =
         connect(run_dir, transport::BACKUP_SOCKET, "understudy-backup").await.map_err(|failure| {
             let remedy = format!("run this on the backup host; if this is it: {}", failure.remedy);

@@ -9,7 +9,8 @@ use clap::{Parser, ValueEnum};
 use crate::bound;
 use crate::owner::{LostBackup, Policies, QemuCrash, Timing};
 
-/// Lets guests run that a primary agent of this host has left stopped, because it died or hangs.
+/// Lets guests run that a primary agent of this host has left stopped, because it died or hangs; with --peer, promotes
+/// and protects them again without anybody.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "understudy-watchdog", version, after_help = bound::explain())]
 pub struct Config {
@@ -55,6 +56,26 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value_t = 1500)]
     pub suspect_after_ms: u64,
 
+    /// Silence after which a QEMU whose host is heard counts as hung, in milliseconds.
+    #[arg(long, value_name = "N", default_value_t = 5000)]
+    pub qemu_silent_ms: u64,
+
+    /// How long the load of a claimed guest may take, in milliseconds; then the claim is given back.
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub load_limit_ms: u64,
+
+    /// A backup for a guest that runs alone after a failover; may be given several times. The hosts of --peer if left out.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub spare: Vec<String>,
+
+    /// Leave a guest that runs alone after a failover alone, until an operator protects it.
+    #[arg(long, conflicts_with = "spare")]
+    pub no_reprotect: bool,
+
+    /// Protect it again over plain TCP, as with `understudy protect --insecure`.
+    #[arg(long)]
+    pub insecure: bool,
+
     /// Serve as witness on this address, and do nothing else.
     #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["peer", "witness_at"])]
     pub witness: Option<SocketAddr>,
@@ -93,6 +114,13 @@ pub enum OnQemuCrash {
 /// Below this an ordinary pause of a busy host could be taken for a death; above it nobody would wait.
 const SUSPECT_AFTER_MS: std::ops::RangeInclusive<u64> = 300..=600_000;
 
+/// A warm standby takes milliseconds. Longer than the most, and a loaded guest would no longer be waited for: the backup
+/// agent gives up after a minute.
+const LOAD_LIMIT_MS: std::ops::RangeInclusive<u64> = 1000..=40_000;
+
+/// The other host takes a guest back that is claimed and not confirmed for so long after a load may have failed.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Below this an ordinary stop could be taken for one that hangs.
 const MIN_HUNG_AFTER_MS: u64 = 1000;
 /// A day. A guest stopped for longer than that is nobody's whose agent matters.
@@ -130,7 +158,31 @@ impl Config {
     /// How long things may take. The backup is suspected in two thirds of the time the primary is.
     pub fn timing(&self) -> Timing {
         let primary_silent = Duration::from_millis(self.suspect_after_ms);
-        Timing { primary_silent, backup_silent: primary_silent * 2 / 3, ..Timing::default() }
+        Timing {
+            primary_silent,
+            backup_silent: primary_silent * 2 / 3,
+            qemu_silent: Duration::from_millis(self.qemu_silent_ms),
+            claim_patience: self.load_limit() + PATIENCE,
+            ..Timing::default()
+        }
+    }
+
+    /// How long a load may take.
+    pub fn load_limit(&self) -> Duration {
+        Duration::from_millis(self.load_limit_ms)
+    }
+
+    /// Who is asked to protect a guest that runs alone.
+    pub fn spares(&self) -> Vec<String> {
+        if self.no_reprotect {
+            return Vec::new();
+        }
+        if !self.spare.is_empty() {
+            return self.spare.clone();
+        }
+        let mut hosts: Vec<String> = self.peer.iter().map(|peer| peer.ip().to_string()).collect();
+        hosts.dedup();
+        hosts
     }
 
     /// Everything that is wrong with it, one sentence each.
@@ -153,6 +205,14 @@ impl Config {
         if !SUSPECT_AFTER_MS.contains(&self.suspect_after_ms) {
             let (from, to) = (SUSPECT_AFTER_MS.start(), SUSPECT_AFTER_MS.end());
             mistakes.push(format!("--suspect-after-ms is {}: give {from} to {to}", self.suspect_after_ms));
+        }
+        if !SUSPECT_AFTER_MS.contains(&self.qemu_silent_ms) {
+            let (from, to) = (SUSPECT_AFTER_MS.start(), SUSPECT_AFTER_MS.end());
+            mistakes.push(format!("--qemu-silent-ms is {}: give {from} to {to}", self.qemu_silent_ms));
+        }
+        if !LOAD_LIMIT_MS.contains(&self.load_limit_ms) {
+            let (from, to) = (LOAD_LIMIT_MS.start(), LOAD_LIMIT_MS.end());
+            mistakes.push(format!("--load-limit-ms is {}: give {from} to {to}", self.load_limit_ms));
         }
         if let Err(error) = self.log.parse::<tracing_subscriber::EnvFilter>() {
             mistakes.push(format!("--log is {:?}: {error}", self.log));
@@ -186,7 +246,20 @@ mod tests {
         assert_eq!(parse(&["--witness-at", "w"]).unwrap(), (false, 1));
         assert_eq!(parse(&["--peer", "10.0.0.2:7422", "--witness-at", "w"]).unwrap(), (true, 0));
         assert_eq!(parse(&["--suspect-after-ms", "10"]).unwrap().1, 1);
+        assert_eq!(parse(&["--qemu-silent-ms", "10", "--load-limit-ms", "60000"]).unwrap().1, 2);
         assert!(parse(&["--witness", "0.0.0.0:7421", "--peer", "10.0.0.2:7422"]).is_err());
+    }
+
+    #[test]
+    fn a_guest_alone_is_protected_by_the_peer_unless_others_are_named() {
+        let spares = |args: &[&str]| {
+            let config = Config::try_parse_from(["understudy-watchdog"].iter().chain(args)).unwrap();
+            config.spares()
+        };
+        let peers = ["--peer", "10.0.0.2:7422", "--peer", "[fe80::2]:7422", "--witness-at", "w"];
+        assert_eq!(spares(&peers), ["10.0.0.2", "fe80::2"]);
+        assert_eq!(spares(&[&peers[..], &["--spare", "c", "--spare", "d:9"]].concat()), ["c", "d:9"]);
+        assert_eq!(spares(&[&peers[..], &["--no-reprotect"]].concat()), [""; 0]);
     }
 
     #[test]

@@ -72,6 +72,10 @@ impl std::fmt::Debug for Plan {
 pub enum Wish {
     /// End it.
     Unprotect,
+    /// Stand still behind a commit, for the other host to take the guest over.
+    HandOver,
+    /// Do not.
+    TakeBack,
     /// The agent ends.
     Shutdown,
 }
@@ -84,6 +88,8 @@ pub struct Snapshot {
     committed_at: Option<Instant>,
     /// Of a full copy under way.
     pub percent: Option<u8>,
+    /// The committed epoch the guest stands at for the other host.
+    pub handed_over: Option<EpochId>,
     /// Once the protection is over.
     pub outcome: Option<Outcome>,
 }
@@ -131,7 +137,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     let span = info_span!("guest", domain = name, generation = %plan.settings.generation);
     let stream = tokio::spawn(replicator.run().instrument(span.clone()));
 
-    let snapshot = Snapshot { status, committed_at: None, percent: None, outcome: None };
+    let snapshot = Snapshot { status, committed_at: None, percent: None, handed_over: None, outcome: None };
     let (snapshots, snapshot) = watch::channel(snapshot);
     let (wishes_in, wishes) = mpsc::channel(4);
     let (answers_in, answers) = mpsc::channel(16);
@@ -260,6 +266,8 @@ impl Guest {
                     }
                     self.apply_all(event).await;
                 }
+                Turn::Wish(Wish::HandOver) => self.apply_all(Event::HandOver).await,
+                Turn::Wish(Wish::TakeBack) => self.apply_all(Event::TakeBack).await,
                 Turn::Wish(Wish::Unprotect) => self.apply_all(Event::Unprotect).await,
                 Turn::Wish(Wish::Shutdown) => self.apply_all(Event::Shutdown).await,
                 Turn::Frame => {
@@ -510,6 +518,7 @@ impl Guest {
             status.bytes_total = self.sent_bytes.load(Ordering::Relaxed);
             status.encoding = Some(self.encoder.report());
             snapshot.committed_at = self.committed_at;
+            snapshot.handed_over = view.handed_over;
             snapshot.percent = copying.then(|| self.progress.percent());
             if last {
                 snapshot.outcome = self.outcome.clone();

@@ -105,6 +105,10 @@ pub enum Event {
     /// The agent did nothing for so long that it may have been taken for dead: what has arrived meanwhile may be out of
     /// date.
     StoodStill(Duration),
+    /// The other host is to take the guest over as planned work: it stands still behind the next commit.
+    HandOver,
+    /// It is not.
+    TakeBack,
     /// An operator ends the protection.
     Unprotect,
     /// The agent ends; the protection is to go on with the next one.
@@ -187,6 +191,8 @@ pub enum OutcomeKind {
     Unprotected,
     /// The guest is gone.
     Ended,
+    /// The same, and nobody has ended it.
+    Crashed,
     /// The guest has a newer owner and is paused here.
     Superseded,
     /// Nothing works until someone acts.
@@ -201,6 +207,7 @@ impl OutcomeKind {
         match self {
             Self::Unprotected => GuestState::Unprotected,
             Self::Ended => GuestState::Ended,
+            Self::Crashed => GuestState::Crashed,
             Self::Superseded => GuestState::Superseded,
             Self::Failed => GuestState::Failed,
             Self::AgentStopped => GuestState::Degraded,
@@ -219,4 +226,6 @@ pub struct View {
     pub committed: Option<EpochId>,
     /// The epoch that is captured or not yet acknowledged.
     pub in_flight: Option<(EpochId, EpochKind)>,
+    /// The committed epoch the guest stands at for the other host to take over.
+    pub handed_over: Option<EpochId>,
 }

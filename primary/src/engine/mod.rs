@@ -17,6 +17,7 @@
 
 mod end;
 mod event;
+mod handover;
 mod link;
 mod output;
 mod view;
@@ -33,6 +34,7 @@ use crate::capture::run_state::{Question, RunTracker, Verdict, WaitReason};
 pub use event::{CaptureFailure, Command, Event, Outcome, OutcomeKind, Settings, View};
 
 use end::End;
+use handover::Handover;
 use link::Link;
 use output::Pace;
 
@@ -74,6 +76,8 @@ pub struct Engine {
     resubscribing: bool,
     /// Whether our migration has reached its end: one that starts afterwards is somebody else's.
     precopy_over: bool,
+    /// The guest is to stand still for the other host.
+    handover: Option<Handover>,
     end: Option<End>,
     over: Option<Outcome>,
 }
@@ -144,6 +148,7 @@ impl Engine {
             run_state: None,
             resubscribing: false,
             precopy_over: false,
+            handover: None,
             end: None,
             over: None,
         }
@@ -181,7 +186,7 @@ impl Engine {
             _ => None,
         };
         let end = self.end.as_ref().filter(|_| self.capture == Capture::Idle).and_then(End::deadline);
-        guest.into_iter().chain(rescue).chain(end).min()
+        guest.into_iter().chain(rescue).chain(end).chain(self.handover_deadline()).min()
     }
 
     fn take(&mut self, event: Event, now: Instant, out: &mut Vec<Command>) {
@@ -224,6 +229,8 @@ impl Engine {
             Event::OutputHeld { bytes } => self.output_held(bytes),
             Event::OutputFailed(reason) => self.output_failed(&reason, now, out),
             Event::StoodStill(still) => self.stood_still(still, out),
+            Event::HandOver => self.hand_over(now),
+            Event::TakeBack => self.take_back(out),
             Event::Unprotect => self.unprotect(),
             Event::Shutdown => self.shutdown(),
         }
@@ -406,10 +413,10 @@ impl Engine {
                 self.capture = Capture::Arming { interrupted: false };
                 out.push(Command::Arm(epoch));
             }
-            Capture::Ready if now >= self.next_stop() => {
+            Capture::Ready if now >= self.next_stop() || self.hands_over() => {
                 let epoch = self.take_epoch(EpochKind::Delta);
                 self.run.reply_sent();
-                let hold = self.pace.stopping(now);
+                let hold = self.pace.stopping(now) || self.hands_over();
                 self.capture = Capture::Stopping { hold };
                 out.push(if hold { Command::CheckpointHeld(epoch) } else { Command::Checkpoint(epoch) });
             }

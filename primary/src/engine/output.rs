@@ -103,6 +103,9 @@ impl Engine {
 
     /// Gives the commit up when it will not come, or not soon; the guest runs (invariant 10), its output waits on.
     pub(super) fn decide_held(&mut self, now: Instant, out: &mut Vec<Command>) {
+        if self.decide_handover(now, out) {
+            return;
+        }
         let Capture::Held { until, kind } = self.capture else { return };
         let hopeless = self.window.is_none() || self.end.is_some() || !self.link.is_up();
         if !hopeless && now < until {

@@ -60,7 +60,7 @@ pub(super) fn protection(agent: &Agent, guest: GuestId) -> Protection {
     };
     Protection::Over(match outcome.kind {
         OutcomeKind::Unprotected => Ended::ByOperator,
-        OutcomeKind::Ended => Ended::WithGuest,
+        OutcomeKind::Ended | OutcomeKind::Crashed => Ended::WithGuest,
         OutcomeKind::AgentStopped => Ended::WithAgent,
         // Its newer owner runs it: nothing here brings it back.
         OutcomeKind::Superseded => failed(false),

@@ -146,6 +146,8 @@ labelled! {
         Superseded = "superseded",
         /// The guest is gone.
         Ended = "ended",
+        /// The guest is gone, and nobody has ended it: its QEMU died, or it panicked.
+        Crashed = "crashed",
         /// Nothing works until someone acts; `detail` says what.
         Failed = "failed",
     }

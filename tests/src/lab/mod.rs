@@ -13,6 +13,7 @@ pub(crate) mod pinger;
 pub(crate) mod plan;
 pub(crate) mod remote;
 pub(crate) mod roots;
+pub(crate) mod sides;
 pub(crate) mod state;
 pub(crate) mod supervisor;
 pub(crate) mod understudy;

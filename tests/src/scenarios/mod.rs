@@ -44,6 +44,9 @@ const REPEATS: u32 = 10;
 /// A name, and what must not fail.
 type Scenario = (&'static str, fn(&Lab) -> Result<()>);
 
+/// What the scenarios of who runs a guest are called; those of a campaign run only if their name is asked for.
+pub(crate) const OWNER: &str = "owner";
+
 /// In the order in which they run.
 const SCENARIOS: &[&[Scenario]] = &[
     basics::SCENARIOS,
@@ -132,7 +135,8 @@ pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     let roots = lab.roots().unwrap_or_default();
     let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
     let variants = exactness::ON_REQUEST.iter().filter(|_| !pattern.is_empty() || roots != Roots::default());
-    let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions);
+    let partitions = owner::ON_REQUEST.iter().filter(|_| pattern.contains(OWNER));
+    let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions).chain(partitions);
     let repeats = Cell::new(0);
     for (name, scenario) in all.filter(|(name, _)| name.contains(pattern)) {
         report.test(name, || repeated(lab, &repeats, *scenario));

@@ -135,6 +135,9 @@ impl Protocol {
             let epoch = self.seeded.as_ref().map(|seeded| seeded.epoch).or(record.epoch);
             Some(Ownership { term: record.term.next(), generation, epoch, owner })
         };
+        if let Some(generation) = self.promoted_by_hand(record) {
+            return next(generation, Owner::Solo { owner: me() });
+        }
         match (&self.role, &record.owner) {
             (Role::Asking, Owner::Pair { primary, .. }) if *primary == self.me && self.local.runs => {
                 next(record.generation, Owner::Solo { owner: me() })
@@ -178,6 +181,18 @@ impl Protocol {
             }
             _ => None,
         }
+    }
+
+    /// An operator has vouched for the other host being off and started the guest here: it runs as a generation that no
+    /// record has given out. The record follows.
+    fn promoted_by_hand(&self, record: &Ownership) -> Option<Generation> {
+        let generation = self.local.generation.filter(|_| self.local.runs)?;
+        let elsewhere = match &record.owner {
+            Owner::Pair { primary: owner, .. } | Owner::Solo { owner } => *owner != self.me,
+            Owner::Claim { .. } => true,
+            Owner::Ended { .. } => false,
+        };
+        (elsewhere && generation > record.generation).then_some(generation)
     }
 
     fn pair(&self, seeded: &Seeded) -> Owner {

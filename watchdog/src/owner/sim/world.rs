@@ -660,6 +660,8 @@ impl World {
                 .then(|| if agents.hangs { Duration::from_secs(20) } else { Duration::ZERO }),
             image: image.map(|_| incarnation(agents.life)),
             ended: false,
+            yields: false,
+            crashed: false,
         };
         for path in 0..2 {
             for _ in 0..1 + u64::from(self.below(20) == 0) {
