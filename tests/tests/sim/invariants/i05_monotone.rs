@@ -1,6 +1,6 @@
 //! Invariant 5: committed epochs of a generation, generations and terms never go back.
 
-use understudy_proto::control::ControlFile;
+use understudy_proto::control::{ControlFile, Role};
 
 use crate::world::{HOSTS, World};
 
@@ -12,13 +12,15 @@ pub(super) fn applied(world: &mut World, h: usize) -> Option<String> {
     back.then(|| format!("invariant 5 (monotone): {} commits {at:?} after {before:?}", HOSTS[h]))
 }
 
-pub(super) fn written(world: &World, h: usize, file: &ControlFile) -> Option<String> {
+pub(super) fn written(world: &mut World, h: usize, file: &ControlFile) -> Option<String> {
+    if let Some(agent) = world.hosts[h].backup.as_ref().filter(|_| file.role == Role::Released) {
+        // A protection that has ended: the next one counts anew.
+        let life = agent.incarnation().0;
+        world.watchers.committed.remove(&life);
+    }
     let before = world.hosts[h].disk.control.as_ref()?.generation;
     (file.generation < before).then(|| {
-        format!(
-            "invariant 5 (monotone): {} writes generation {} over {before}",
-            HOSTS[h], file.generation
-        )
+        format!("invariant 5 (monotone): {} writes generation {} over {before}", HOSTS[h], file.generation)
     })
 }
 

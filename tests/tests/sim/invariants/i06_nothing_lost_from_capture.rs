@@ -10,10 +10,6 @@ pub(super) fn applied(world: &mut World, h: usize) -> Option<String> {
     truth.committed = true;
     let covered = world.watchers.committed_frames.entry(truth.instance).or_default();
     *covered = (*covered).max(truth.frames);
-    (truth.memory != memory).then(|| {
-        format!(
-            "invariant 6 (nothing lost from capture): {} has {memory:?} as {truth:?}",
-            HOSTS[h]
-        )
-    })
+    (truth.memory != memory)
+        .then(|| format!("invariant 6 (nothing lost from capture): {} has {memory:?} as {truth:?}", HOSTS[h]))
 }

@@ -9,6 +9,9 @@ pub(super) fn frame(world: &World, h: usize) -> Option<String> {
     let shut = host.plug.as_ref().is_some_and(|gate| !plug::lock(gate).is_open());
     let dead = !host.is_alive(Process::Primary);
     (shut && dead).then(|| {
-        format!("invariant 7 (fail closed): a frame leaves the shut gate of {}, whose agent is dead", HOSTS[h])
+        format!(
+            "invariant 7 (fail closed): a frame leaves the shut gate of {}, whose agent is dead",
+            HOSTS[h]
+        )
     })
 }

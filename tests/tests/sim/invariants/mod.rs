@@ -13,6 +13,7 @@ mod i09_stopped_only_while_it_runs;
 mod i10_never_left_stopped;
 mod i13_the_record_decides;
 mod i14_not_before_the_confirmation;
+mod i15_a_lost_guest_does_not_come_back;
 
 use std::collections::HashMap;
 
@@ -75,7 +76,16 @@ pub(crate) fn applied(world: &mut World, h: usize) -> Vec<String> {
 
 /// An epoch is acknowledged.
 pub(crate) fn acknowledged(world: &World, h: usize, at: EpochRef) -> Vec<String> {
-    i03_ack_means_held::acknowledged(world, h, at).into_iter().collect()
+    let found = [
+        i03_ack_means_held::acknowledged(world, h, at),
+        i15_a_lost_guest_does_not_come_back::acknowledged(world, h, at),
+    ];
+    found.into_iter().flatten().collect()
+}
+
+/// Nothing fails any more, and the guest is served and protected.
+pub(crate) fn at_rest(world: &World) -> Vec<String> {
+    i15_a_lost_guest_does_not_come_back::at_rest(world).into_iter().collect()
 }
 
 /// The output of an epoch is let go.
@@ -84,7 +94,7 @@ pub(crate) fn released(world: &World, generation: u64, epoch: u64) -> Vec<String
 }
 
 /// A control file is written.
-pub(crate) fn written(world: &World, h: usize, file: &ControlFile) -> Vec<String> {
+pub(crate) fn written(world: &mut World, h: usize, file: &ControlFile) -> Vec<String> {
     i05_monotone::written(world, h, file).into_iter().collect()
 }
 

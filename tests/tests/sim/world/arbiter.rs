@@ -1,5 +1,7 @@
 //! The witness: its shipped store, and everything that ever was in it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use understudy_proto::ids::GuestId;
 use understudy_proto::ownership::{Owner, Ownership, Term};
 use understudy_proto::rpc::witness::Stored;
@@ -23,7 +25,9 @@ pub(crate) struct Arbiter {
 }
 
 impl Arbiter {
-    pub(crate) fn new(guest: GuestId) -> Self {
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let guest = GuestId(uuid::Uuid::from_u128(NEXT.fetch_add(1, Ordering::Relaxed).into()));
         Self { guest, up: true, history: Vec::new() }
     }
 

@@ -121,7 +121,8 @@ impl World {
     /// Puts pages into a frame, as they are now.
     fn put_pages(&mut self, h: usize, which: u8) {
         let Some(memory) = self.hosts[h].qemu.as_ref().map(|qemu| qemu.memory) else { return };
-        let Some(opened) = self.protection(h).and_then(|protection| protection.capture.opened.as_mut()) else {
+        let Some(opened) = self.protection(h).and_then(|protection| protection.capture.opened.as_mut())
+        else {
             return;
         };
         for index in (0..PAGES).filter(|index| which & 1 << index != 0) {
@@ -141,7 +142,9 @@ impl World {
         self.put_pages(h, which);
         let Some(protection) = self.protection(h) else { return Vec::new() };
         let generation = protection.generation;
-        let Some(Opened { epoch, kind, builder }) = protection.capture.opened.take() else { return Vec::new() };
+        let Some(Opened { epoch, kind, builder }) = protection.capture.opened.take() else {
+            return Vec::new();
+        };
         let truth = Truth { generation, epoch: epoch.0, instance, memory, frames, committed: false };
         self.truth.insert(capture, truth);
         let (frame, totals) = builder.finish();
@@ -231,8 +234,7 @@ impl World {
         let interrupted = std::mem::take(&mut capture.interrupted);
         let there = self.hosts[h].qemu.as_ref().is_some_and(|qemu| !qemu.hung);
         let gone = self.hosts[h].qemu.is_none();
-        let failed =
-            |reason: &str| CaptureFailure { reason: reason.to_owned(), left_stopped: false, gone };
+        let failed = |reason: &str| CaptureFailure { reason: reason.to_owned(), left_stopped: false, gone };
         let broken = !there || self.seldom(80);
         let event = match call {
             Call::Arm(_) if interrupted || broken => {

@@ -65,7 +65,7 @@ impl World {
             }
             14 => vec![Fault::Cut(Cut::Witness(h))],
             15 => vec![Fault::Witness],
-            16 => vec![if long % 2 == 0 { Fault::DiskFull(h) } else { Fault::GateBroken(h) }],
+            16 => vec![if long.is_multiple_of(2) { Fault::DiskFull(h) } else { Fault::GateBroken(h) }],
             _ => vec![Fault::Jump(h, long)],
         };
         for fault in faults {

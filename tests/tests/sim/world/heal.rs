@@ -36,7 +36,10 @@ impl World {
         self.healed.well_since = since(well, self.healed.well_since, self.now);
         self.healed.lost_since = since(lost, self.healed.lost_since, self.now);
         if self.healed.well_since.is_some_and(|since| self.now >= since + REST) {
-            return Ok(true);
+            return match crate::invariants::at_rest(self).pop() {
+                Some(what) => Err(format!("at {} ms: {what}", self.now)),
+                None => Ok(true),
+            };
         }
         if self.healed.lost_since.is_some_and(|since| self.now >= since.max(CHAOS) + GIVE_UP) {
             self.seen.lost += 1;

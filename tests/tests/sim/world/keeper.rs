@@ -1,12 +1,13 @@
 //! The watchdog around its engine: looks at the agents, heartbeats, what its commands do.
 
+mod looks;
+
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use understudy_proto::heartbeat::Heartbeat;
 use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::ownership::Ownership;
-use understudy_proto::rpc::admin::GuestState;
 use understudy_watchdog::owner::{
     Command, Engine, Event, Input as Told, Local, LostBackup, Output, Role, Sending,
 };
@@ -15,6 +16,7 @@ use super::guest::Kind;
 use super::host::Process;
 use super::{HOSTS, What, World, backup, primary};
 use crate::bugs::Bug;
+use crate::conformance::Step;
 use crate::invariants;
 
 /// Between two looks at the agents.
@@ -26,6 +28,11 @@ const ANSWER: u64 = 2000;
 /// How long a command may take.
 const LIMIT: u64 = 60_000;
 
+/// As the keeper has them: a guest alone that is not there for so long was ended; a full copy whose backup is lost for so
+/// long is given up.
+const GONE: Duration = Duration::from_secs(5);
+const LOST: Duration = Duration::from_secs(10);
+
 /// What a look finds.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Seen {
@@ -33,9 +40,22 @@ pub(crate) struct Seen {
     sending: Option<Sending>,
     listed: bool,
     protecting: bool,
+    degraded: bool,
+    superseded: bool,
+    /// Generation of a guest that is over, and whether nobody has ended it.
+    over: Option<(u64, bool)>,
+    place: Place,
     epoch: u64,
     qemu: Option<Instant>,
-    ended: bool,
+}
+
+/// Whether an instance is here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Answers,
+    Hangs,
+    Off,
+    Unknown,
 }
 
 /// See the module's description.
@@ -52,6 +72,10 @@ pub(crate) struct Keeper {
     asked: Option<(u64, Command)>,
     questions: u64,
     ticks_at: u64,
+    crashed: bool,
+    protecting: bool,
+    gone_since: Option<Instant>,
+    lost_since: Option<Instant>,
 }
 
 /// What it is told.
@@ -90,6 +114,10 @@ impl World {
             asked: None,
             questions: 0,
             ticks_at: u64::MAX,
+            crashed: false,
+            protecting: false,
+            gone_since: None,
+            lost_since: None,
         });
         for input in [Input::Beat, Input::Look] {
             let later = 5 + self.below(100);
@@ -156,6 +184,7 @@ impl World {
         let (last, image) = (keeper.last.as_ref(), protocol.local().image);
         let known = protocol.record().map_or(Generation(0), |record| record.generation);
         let generation = image.map(|image| image.generation).or(protocol.local().generation).unwrap_or(known);
+        let over = last.and_then(|seen| seen.over).is_some_and(|(over, _)| over >= generation.0);
         let beat = Heartbeat {
             guest: self.guest,
             host: HOSTS[h].to_owned(),
@@ -166,96 +195,22 @@ impl World {
             epoch: EpochId(last.map_or(0, |seen| seen.epoch)),
             qemu_age: last.and_then(|seen| seen.qemu).map(|at| now.saturating_duration_since(at)),
             image: image.map(|image| image.incarnation),
-            ended: *protocol.role() == Role::Ended || last.is_some_and(|seen| seen.ended),
+            ended: *protocol.role() == Role::Ended || (over && !keeper.crashed),
+            yields: false,
+            crashed: keeper.crashed,
         };
         self.beat_arrives_at(1 - h, &beat);
-    }
-
-    fn look(&mut self, h: usize) -> Seen {
-        let now = self.local(h);
-        let host = &self.hosts[h];
-        let answers = |agent| host.answers(agent, self.now);
-        let primary = self.primary_status(h).filter(|_| answers(Process::Primary));
-        let backup = host.backup.as_ref().filter(|_| answers(Process::Backup)).and_then(|b| b.status());
-        let state = backup.map(|(state, ..)| state);
-        let standby =
-            matches!(state, Some(GuestState::Standby | GuestState::Seeding | GuestState::Promoting));
-        let runs = !standby && host.qemu.as_ref().is_some_and(|qemu| !qemu.hung);
-        let listed = host.disk.protected.map(Generation);
-        let promoted = backup
-            .filter(|_| state == Some(GuestState::Promoted))
-            .map(|(.., generation)| Generation(generation));
-        let protecting = primary.is_some_and(|(state, ..)| {
-            matches!(state, GuestState::Seeding | GuestState::Protected | GuestState::Degraded)
-        });
-        let epochs = [primary.map(|(.., epoch)| epoch), backup.map(|(_, _, epoch, _)| epoch)];
-        Seen {
-            local: Local {
-                runs,
-                image: backup.and_then(|(_, image, ..)| image),
-                generation: listed.max(promoted).filter(|_| runs),
-            },
-            sending: primary.filter(|_| protecting).and_then(|(_, sending, _)| sending),
-            listed: listed.is_some(),
-            protecting,
-            epoch: epochs.into_iter().flatten().max().unwrap_or(0),
-            qemu: runs.then_some(now),
-            ended: !protecting && primary.is_some_and(|(state, ..)| state == GuestState::Ended),
-        }
-    }
-
-    /// As the keeper's `Kept::seen`.
-    fn seen(&mut self, h: usize, mut seen: Seen) {
-        let Some(keeper) = &mut self.hosts[h].keeper else { return };
-        let before = keeper.last.take();
-        if seen.qemu.is_none() {
-            seen.qemu = before.as_ref().and_then(|before| before.qemu).filter(|_| seen.protecting);
-        }
-        let local = keeper.engine.protocol().local();
-        if before.as_ref().is_some_and(|before| before.epoch < seen.epoch) {
-            self.tell(h, Told::Alive);
-        }
-        if local != seen.local {
-            self.tell(h, Told::Event(Event::Local(seen.local)));
-        }
-        let let_go = before.as_ref().is_some_and(|before| before.listed) && !seen.listed;
-        let leads = matches!(self.role(h), Some(Role::Protected | Role::Asking));
-        if seen.ended || (let_go && leads) {
-            self.tell(h, Told::Event(Event::GuestEnded));
-        }
-        let Some(keeper) = &self.hosts[h].keeper else { return };
-        if !keeper.outdated && keeper.opening == 0 {
-            self.protection_goes_on(h, &seen);
-        }
-        if let Some(keeper) = &mut self.hosts[h].keeper {
-            keeper.last = Some(seen);
-        }
-    }
-
-    fn protection_goes_on(&mut self, h: usize, seen: &Seen) {
-        match self.role(h) {
-            Some(Role::Solo) if seen.protecting => {
-                let after = seen.sending.map_or(EpochId(0), |sending| sending.committed);
-                self.tell(h, Told::Event(Event::SeedBegins { after }));
-            }
-            Some(Role::Seeding { aborted: false, .. }) if !seen.protecting => {
-                self.tell(h, Told::Event(Event::SeedFailed));
-            }
-            _ => {}
-        }
-        let Some(keeper) = &self.hosts[h].keeper else { return };
-        let seeded = seen.sending.zip(keeper.peer.as_ref()).and_then(|(sending, peer)| sending.seeded(peer));
-        if let Some(seeded) = seeded {
-            self.tell(h, Told::Event(Event::Seeded(seeded)));
-        }
     }
 
     fn tell(&mut self, h: usize, told: Told) {
         let now = self.local(h);
         let Some(keeper) = &mut self.hosts[h].keeper else { return };
-        let life = keeper.life;
+        let (life, protecting) = (keeper.life, keeper.protecting);
+        let recovering = matches!(keeper.engine.protocol().role(), Role::Recovering { .. });
         for output in keeper.engine.step(told, now) {
             match output {
+                // As the keeper has it: a protection that was begun before its life goes on.
+                Output::Command(Command::OpenGate(_)) if recovering && protecting => {}
                 Output::Command(Command::Read) => self.ask_to_read(h, life),
                 Output::Command(Command::Swap(new)) => self.ask_to_swap(h, &new),
                 Output::Command(command) => self.hand(h, command),
@@ -279,6 +234,11 @@ impl World {
     }
 
     fn became(&mut self, h: usize, role: &Role) {
+        if let Some(keeper) = &self.hosts[h].keeper {
+            let (life, term) = (keeper.life, keeper.engine.protocol().term().0);
+            let (host, role) = (HOSTS[h].to_owned(), role.label().to_owned());
+            self.steps.push(Step { host, life, role, term });
+        }
         for what in invariants::became(self, h, role) {
             self.wrong(what);
         }

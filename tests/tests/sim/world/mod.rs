@@ -28,6 +28,7 @@ use understudy_proto::ids::GuestId;
 use understudy_watchdog::owner::{LostBackup, Policies, QemuCrash, Timing};
 
 use crate::bugs::Bug;
+use crate::conformance::{self, Step};
 use crate::invariants::Watchers;
 use crate::random::Random;
 use arbiter::Arbiter;
@@ -82,7 +83,6 @@ pub(crate) struct Seen {
     pub(crate) full_copies: u64,
     /// No copy of the guest was left that could be started.
     pub(crate) lost: u64,
-    pub(crate) unprotected: u64,
 }
 
 impl Seen {
@@ -96,7 +96,6 @@ impl Seen {
         self.destroyed += other.destroyed;
         self.full_copies += other.full_copies;
         self.lost += other.lost;
-        self.unprotected += other.unprotected;
     }
 }
 
@@ -118,6 +117,8 @@ pub(crate) struct World {
     lives: u64,
     pub(crate) watchers: Watchers,
     pub(crate) seen: Seen,
+    /// What the keepers take their hosts for.
+    steps: Vec<Step>,
     policies: Policies,
     timing: Timing,
     pub(crate) chaos: bool,
@@ -138,16 +139,15 @@ impl World {
             claim_patience: Duration::from_secs(6),
             ..Timing::default()
         };
-        let guest = GuestId(uuid::Uuid::from_u128(Self::key()));
         let mut world = Self {
             bug,
             random,
             now: 0,
             queue: Queue::new(),
-            guest,
+            guest: GuestId(uuid::Uuid::from_u128(1)),
             hosts,
             net: Net::default(),
-            arbiter: Arbiter::new(guest),
+            arbiter: Arbiter::new(),
             client: Client::default(),
             truth: HashMap::new(),
             captures: 0,
@@ -155,6 +155,7 @@ impl World {
             lives: 0,
             watchers: Watchers::default(),
             seen: Seen::default(),
+            steps: Vec::new(),
             policies: Policies { lost_backup, qemu_crash: QemuCrash::Failover },
             timing,
             chaos: true,
@@ -164,13 +165,6 @@ impl World {
         };
         world.begin();
         world
-    }
-
-    /// Every world has a guest of its own in the witness's store, which outlives worlds.
-    fn key() -> u128 {
-        use std::sync::atomic::{AtomicU64, Ordering};
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        NEXT.fetch_add(1, Ordering::Relaxed).into()
     }
 
     fn begin(&mut self) {
@@ -211,6 +205,7 @@ impl World {
             }
         }
         self.seen.answers = self.client.answers;
+        conformance::accept(&self.steps).map_err(|why| format!("the log of this world is refused: {why}"))?;
         Ok(self.seen.clone())
     }
 

@@ -256,7 +256,7 @@ impl World {
         }
     }
 
-    fn to_witness(&mut self) -> u64 {
+    fn witness_delay(&mut self) -> u64 {
         1 + if self.seldom(25) { self.below(3000) } else { self.below(10) }
     }
 
@@ -265,14 +265,14 @@ impl World {
             return;
         }
         for _ in 0..if self.seldom(20) { 2 } else { 1 } {
-            let later = self.to_witness();
+            let later = self.witness_delay();
             self.after(later, What::Swap(Box::new(new.clone())));
         }
     }
 
     pub(super) fn ask_to_read(&mut self, h: usize, life: u64) {
         if !self.net.is_cut(Cut::Witness(h)) && !self.seldom(25) {
-            let later = self.to_witness();
+            let later = self.witness_delay();
             self.after(later, What::Read(h, life));
         }
     }
@@ -289,7 +289,9 @@ impl World {
         }
         match (&new.owner, before.map(|before| before.owner)) {
             (Owner::Solo { .. }, Some(Owner::Pair { .. })) => self.seen.solos += 1,
-            (Owner::Solo { owner }, Some(Owner::Claim { by, .. })) if *owner == by => self.seen.takeovers += 1,
+            (Owner::Solo { owner }, Some(Owner::Claim { by, .. })) if *owner == by => {
+                self.seen.takeovers += 1
+            }
             (Owner::Solo { .. }, Some(Owner::Claim { .. })) => self.seen.reclaims += 1,
             (Owner::Pair { .. }, _) => self.seen.pairs += 1,
             _ => {}
@@ -303,7 +305,7 @@ impl World {
     pub(super) fn read_arrives(&mut self, h: usize, life: u64) {
         if self.arbiter.up && !self.net.is_cut(Cut::Witness(h)) {
             let record = self.arbiter.read();
-            let later = self.to_witness();
+            let later = self.witness_delay();
             if !self.seldom(25) {
                 let input = keeper::Input::Record(record.map(Box::new));
                 self.after(later, What::Keeper(h, life, input));

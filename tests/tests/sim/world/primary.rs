@@ -1,26 +1,23 @@
 //! The primary agent around its engine: what its commands do, and what becomes of them.
 
-use std::sync::Arc;
+mod protect;
+
+mod stream;
+
 use std::time::{Duration, Instant};
 
 use understudy_libvirt::{DomainEvent, Lifecycle, RunState};
-use understudy_primary::egress::{GateEngine, SharedKeeper, State};
-use understudy_primary::engine::{Command, Engine, Event, Outcome, OutcomeKind, Settings};
-use understudy_proto::control::Role;
+use understudy_primary::egress::{SharedKeeper, State};
+use understudy_primary::engine::{Command, Engine, Event, Outcome, OutcomeKind};
 use understudy_proto::epoch::Committed;
 use understudy_proto::ids::Generation;
-use understudy_proto::negotiate::Offer;
 use understudy_proto::rpc::admin::GuestState;
-use understudy_proto::rpc::epoch::{BackupMessage, GoodbyeReason, Hello, PrimaryMessage};
+use understudy_proto::rpc::epoch::{BackupMessage, GoodbyeReason, PrimaryMessage};
 use understudy_watchdog::owner::Sending;
 
 use super::capture::{Call, Capture};
-use super::guest::Kind;
-use super::host::Process;
 use super::net::{Message, Side};
-use super::plug::{self, PlugGate};
 use super::{HOSTS, What, World, keeper};
-use crate::bugs::Bug;
 
 /// Beyond it an agent knows that it stood still, as `understudy_primary` has it.
 const STILL: Duration = Duration::from_secs(1);
@@ -120,120 +117,10 @@ impl World {
         }
     }
 
-    /// What an agent does at its start: frees the guest, takes up what was protected.
-    fn begin_primary(&mut self, h: usize) {
-        if let Some(qemu) = &mut self.hosts[h].qemu
-            && qemu.kind == Kind::Active
-        {
-            (qemu.stopped, qemu.colo) = (false, false);
-        }
-        self.take_up(h);
-    }
-
-    fn take_up(&mut self, h: usize) {
-        let Some(agent) = &self.hosts[h].primary else { return };
-        let Some(Entry::Waiting(_)) = agent.entry else { return };
-        let life = agent.life;
-        if self.hosts[h].qemu.is_none() {
-            self.forget_protection(h);
-            if let Some(agent) = &mut self.hosts[h].primary {
-                agent.entry = None;
-            }
-            return;
-        }
-        self.protect(h, false);
-        if let Some(PrimaryAgent { entry: Some(Entry::Waiting(_)), .. }) = &self.hosts[h].primary {
-            self.after(2000, What::Primary(h, life, Input::Begin));
-        }
-    }
-
     fn forget_protection(&mut self, h: usize) {
         if !self.hosts[h].disk.full {
             self.hosts[h].disk.protected = None;
         }
-    }
-
-    /// What `understudy protect` does, or the agent itself after a restart.
-    fn protect(&mut self, h: usize, attended: bool) {
-        let Some(agent) = &self.hosts[h].primary else { return };
-        let (life, number) = (agent.life, agent.protections + 1);
-        let waiting = match &agent.entry {
-            Some(Entry::Owned(protection)) if protection.outcome.is_none() => return,
-            Some(Entry::Waiting(generation)) => Some(*generation),
-            _ => None,
-        };
-        let active = self.hosts[h].qemu.as_ref().is_some_and(|qemu| qemu.kind == Kind::Active && !qemu.hung);
-        let generation = match (waiting, attended) {
-            (Some(generation), false) => Some(generation),
-            (None, true) => self.generation_to_protect(h),
-            _ => None,
-        };
-        let (Some(generation), true, false) = (generation, active, self.hosts[h].disk.full) else { return };
-        self.hosts[h].disk.protected = Some(generation);
-        let found = self.hosts[h].plug.is_some();
-        let shared = match &self.hosts[h].plug {
-            Some(plug) => Arc::clone(plug),
-            None => self.new_plug(h),
-        };
-        let engine = if found { GateEngine::found() } else { GateEngine::open() };
-        {
-            let mut gate = plug::lock(&shared);
-            if found {
-                gate.buffer();
-            } else {
-                gate.release_all();
-            }
-            gate.leaks = self.bug == Bug::SeedWithOpenGate && self.arbiter.alone() == Some(HOSTS[h]);
-        }
-        let settings = Settings {
-            generation: Generation(generation),
-            epoch: Duration::from_millis(200),
-            floor: Duration::from_millis(50),
-            attended,
-            first_session: life * 1_000_000 + number * 1000,
-            peer: HOSTS[1 - h].to_owned(),
-        };
-        let now = self.local(h);
-        let protection = Protection {
-            number,
-            generation,
-            engine: Engine::new(settings, now),
-            gate: SharedKeeper::new(engine, Box::new(PlugGate { plug: shared, bug: self.bug })),
-            capture: Capture::default(),
-            stream: None,
-            feed: None,
-            pulse: now,
-            ticks_at: u64::MAX,
-            outcome: None,
-            listening: false,
-            unprotecting: Vec::new(),
-        };
-        self.note(|| format!("{} protects generation {generation}, gate found: {found}", HOSTS[h]));
-        if let Some(agent) = &mut self.hosts[h].primary {
-            agent.protections = number;
-            agent.entry = Some(Entry::Owned(Box::new(protection)));
-        }
-        self.primary_event(h, number, Event::Tick);
-    }
-
-    /// The newest generation there is a trace of, if nothing speaks against protecting the guest.
-    fn generation_to_protect(&self, h: usize) -> Option<u64> {
-        let peer = &self.hosts[1 - h];
-        if !self.linked() || !peer.answers(Process::Backup, self.now) {
-            return None;
-        }
-        let local = self.hosts[h].disk.control.as_ref();
-        if local.is_some_and(|local| matches!(local.role, Role::Standby | Role::Promoting)) {
-            return None;
-        }
-        let theirs = peer.backup.as_ref().and_then(super::backup::BackupAgent::record);
-        let released = theirs.filter(|record| record.role == Role::Released).map(|record| record.generation.0);
-        let generation =
-            [Some(1), local.map(|local| local.generation.0), released].into_iter().flatten().max()?;
-        let occupied = theirs.is_some_and(|record| {
-            record.generation.0 >= generation && matches!(record.role, Role::Promoted | Role::Promoting)
-        });
-        (!occupied).then_some(generation)
     }
 
     fn unprotect(&mut self, h: usize, life: u64, question: u64) {
@@ -343,83 +230,6 @@ impl World {
         }
     }
 
-    fn connect(&mut self, h: usize, number: u64, session: u64) {
-        let Some(protection) = self.ongoing(h, number) else { return };
-        let generation = Generation(protection.generation);
-        let Some(stream) = self.open_stream(h, session) else {
-            let later = 100 + self.below(900);
-            let reason = "no answer".to_owned();
-            return self.primary_later(h, number, later, Event::Disconnected { session, reason });
-        };
-        if let Some(protection) = self.ongoing(h, number) {
-            protection.stream = Some(stream);
-        }
-        let hello = Hello {
-            offer: Offer::ours(),
-            guest: self.guest,
-            guest_name: "web".to_owned(),
-            generation,
-            session,
-            primary_host: HOSTS[h].to_owned(),
-            qemu_version: String::new(),
-            machine: String::new(),
-            persistent: false,
-        };
-        self.send(stream, Side::Primary, Message::Forth(PrimaryMessage::Hello(hello)));
-    }
-
-    fn hears(&mut self, h: usize, stream: u64, session: u64, message: BackupMessage) {
-        let held = self.seldom(15);
-        let Some(protection) = self.protection(h).filter(|p| p.stream == Some(stream)) else { return };
-        let number = protection.number;
-        let event = match message {
-            BackupMessage::HelloAck(ack) => Event::Connected { session, ack },
-            BackupMessage::Ack(at) => {
-                if held {
-                    self.primary_event(h, number, Event::OutputHeld { bytes: 16 << 20 });
-                }
-                Event::Acked { session, at }
-            }
-            BackupMessage::Reject(reject) => Event::Rejected { session, reject },
-            BackupMessage::Refused(refused) => {
-                protection.stream = None;
-                Event::Refused { session, refused }
-            }
-            BackupMessage::Standby(_) | BackupMessage::HeartbeatReply(_) => return,
-        };
-        self.primary_event(h, number, event);
-    }
-
-    /// A part of the epoch that is captured.
-    pub(super) fn feed(&mut self, h: usize, message: PrimaryMessage) {
-        if let Some(protection) = self.protection(h)
-            && let Some((messages, live)) = &mut protection.feed
-        {
-            messages.push(message.clone());
-            if let (true, Some(stream)) = (*live, protection.stream) {
-                self.send(stream, Side::Primary, Message::Forth(message));
-            }
-        }
-    }
-
-    pub(super) fn new_feed(&mut self, h: usize) {
-        if let Some(protection) = self.protection(h) {
-            protection.feed = Some((Vec::new(), true));
-        }
-    }
-
-    fn resend(&mut self, h: usize) {
-        let Some(protection) = self.protection(h) else { return };
-        let Some((messages, live)) = &mut protection.feed else { return };
-        *live = true;
-        let (messages, stream) = (messages.clone(), protection.stream);
-        for message in messages {
-            if let Some(stream) = stream {
-                self.send(stream, Side::Primary, Message::Forth(message));
-            }
-        }
-    }
-
     fn release(&mut self, h: usize, number: u64, committed: &Committed) {
         let stopped = self.hosts[h].qemu.as_ref().is_some_and(|qemu| qemu.stopped);
         let Some(generation) = self.protection(h).map(|protection| protection.generation) else { return };
@@ -447,7 +257,7 @@ impl World {
         let _ = match outcome.kind {
             OutcomeKind::Unprotected => protection.gate.remove(),
             OutcomeKind::Failed if goodbye.is_some() || open => protection.gate.remove(),
-            OutcomeKind::Ended | OutcomeKind::Superseded => protection.gate.discard(),
+            OutcomeKind::Ended | OutcomeKind::Crashed | OutcomeKind::Superseded => protection.gate.discard(),
             OutcomeKind::Failed | OutcomeKind::AgentStopped => Ok(()),
         };
         let waiting = std::mem::take(&mut protection.unprotecting);
@@ -487,6 +297,14 @@ impl World {
             let number = protection.number;
             self.primary_later(h, number, 1, Event::OutputWaiting { pressing: false });
         }
+    }
+
+    /// The generation that status says.
+    pub(super) fn said_generation(&self, h: usize) -> Option<u64> {
+        Some(match self.hosts[h].primary.as_ref()?.entry.as_ref()? {
+            Entry::Waiting(generation) => *generation,
+            Entry::Owned(protection) => protection.generation,
+        })
     }
 
     /// What status says: state, what it sends, last committed epoch, generation.
