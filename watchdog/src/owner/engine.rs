@@ -110,11 +110,6 @@ impl Engine {
         &self.protocol
     }
 
-    #[cfg(test)]
-    pub(crate) fn protocol_mut(&mut self) -> &mut Protocol {
-        &mut self.protocol
-    }
-
     /// Why the other host is suspected, if it is.
     pub fn suspicion(&self) -> Option<Suspicion> {
         self.suspicion
