@@ -4,6 +4,9 @@ use clap::{Parser, Subcommand};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use understudy_responder::PORT as RESPONDER_PORT;
+use understudy_responder::frame::Mac;
+
 /// Keeps virtual machines alive through the death of their host.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100, disable_help_subcommand = true)]
@@ -61,9 +64,6 @@ pub(crate) enum Command {
     },
 }
 
-/// Where the responder listens unless told otherwise.
-const RESPONDER_PORT: u16 = 7422;
-
 #[derive(Debug, clap::Args)]
 pub(crate) struct VerifyArgs {
     /// Addresses of the guest, IPv4 or IPv6; each is asked over UDP and TCP.
@@ -72,7 +72,17 @@ pub(crate) struct VerifyArgs {
     /// Where the responder listens.
     #[arg(long, default_value_t = RESPONDER_PORT)]
     pub port: u16,
-    /// How long to go on.
+    /// Our network interface on the guest's segment: ICMP, ICMPv6, ARP, neighbour discovery, 802.1Q and multicast are asked
+    /// as well. Needs root or CAP_NET_RAW.
+    #[arg(long, value_name = "INTERFACE")]
+    pub interface: Option<String>,
+    /// The guest's hardware address; learnt by its first IPv4 address if left out.
+    #[arg(long, value_name = "MAC", requires = "interface", value_parser = crate::verify::parse_mac)]
+    pub mac: Option<Mac>,
+    /// Where frames go that show a violation, as pcap.
+    #[arg(long, value_name = "FILE", requires = "interface")]
+    pub pcap: Option<PathBuf>,
+    /// How long to go on; Ctrl-C ends it earlier, with the verdict.
     #[arg(long = "for", value_name = "SECONDS", default_value_t = 60)]
     pub seconds: u32,
     /// The verdict as JSON.
