@@ -18,16 +18,21 @@ pub(crate) enum Bench {
     Codec,
     /// Memory of encoder and image
     Memory,
+    /// How long a request to a guest takes, in the lab: unprotected, with fixed epochs, with epochs that output ends
+    Latency,
     /// How long a promotion takes to load a guest, and the backup's memory
     Load,
 }
 
 /// Runs one; `more` goes to it as it is.
 pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Result<i32> {
+    if bench == Bench::Latency {
+        return crate::scenarios::latency::run(json.as_deref());
+    }
     let mut cargo = workspace::cargo();
     cargo.args(["run", "--locked", "--release", "-p"]);
     let name = match bench {
-        Bench::Load => None,
+        Bench::Load | Bench::Latency => None,
         Bench::Pause => Some("pause"),
         Bench::Wire => Some("wire"),
         Bench::Codec => Some("codec"),

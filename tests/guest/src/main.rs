@@ -12,9 +12,12 @@
 //! touch PAGES MS     ok            the same with one word a page
 //! load               ok pages=N every_ms=N round=N round_us=N errors=N
 //! check              ok round=N pages=N errors=0 | bad round=N pages=N errors=N first=...
+//! bulk BLOCKS SEED   BLOCKS blocks of 4096 bytes (bulk.rs), then ok hash=N
+//! flood ADDR COUNT   ok sent=N     N datagrams of 1400 bytes have been sent to ADDR, as fast as possible
 //! reboot, poweroff   ok
 //! ```
 
+mod bulk;
 mod counter;
 mod load;
 mod power;

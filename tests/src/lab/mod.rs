@@ -2,6 +2,7 @@
 
 pub(crate) mod agents;
 pub(crate) mod cli;
+pub(crate) mod commits;
 pub(crate) mod control;
 pub(crate) mod domain;
 pub(crate) mod frames;
@@ -13,9 +14,11 @@ pub(crate) mod pinger;
 pub(crate) mod plan;
 pub(crate) mod remote;
 pub(crate) mod roots;
+pub(crate) mod stamps;
 pub(crate) mod state;
 pub(crate) mod supervisor;
 pub(crate) mod understudy;
+pub(crate) mod verify;
 pub(crate) mod wire;
 
 use std::fs;

@@ -3,12 +3,14 @@
 mod basics;
 mod exactness;
 mod failover;
+pub(crate) mod latency;
 mod lifecycle;
 mod metadata;
 mod output;
 mod owner;
 mod random;
 mod refusals;
+mod traffic;
 mod verified;
 mod versions;
 
@@ -30,6 +32,7 @@ use crate::process;
 use crate::testing::{self, Report};
 use crate::ui::Steps;
 
+pub(crate) use verified::CAMPAIGN;
 pub(crate) use versions::VERSIONS;
 
 /// All scenarios together take less.
@@ -53,6 +56,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     failover::SCENARIOS,
     output::SCENARIOS,
     owner::SCENARIOS,
+    traffic::SCENARIOS,
     verified::SCENARIOS,
     metadata::SCENARIOS,
 ];
@@ -131,8 +135,9 @@ pub(crate) fn run(report: &mut Report, pattern: &str, roots: Roots) -> Result<()
 pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     let roots = lab.roots().unwrap_or_default();
     let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
+    let long = verified::ON_REQUEST.iter().filter(|(name, _)| !pattern.is_empty() && name.contains(pattern));
     let variants = exactness::ON_REQUEST.iter().filter(|_| !pattern.is_empty() || roots != Roots::default());
-    let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions);
+    let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions).chain(long);
     let repeats = Cell::new(0);
     for (name, scenario) in all.filter(|(name, _)| name.contains(pattern)) {
         report.test(name, || repeated(lab, &repeats, *scenario));

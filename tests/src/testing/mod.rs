@@ -63,6 +63,8 @@ pub(crate) enum Campaign {
     Microvm,
     /// A thousand deaths of an agent under checkpointing, each survived by the guest within the supervisor's bound
     Supervisor,
+    /// Twenty power cuts (UNDERSTUDY_CUTS) at random moments while `understudy verify` asks over everything
+    Verify,
     /// The lab's scenarios on hosts of Debian 13, then failovers between those and hosts of this machine's own system
     Debian13,
 }
@@ -74,6 +76,7 @@ pub(crate) fn campaign(name: Campaign) -> Result<i32> {
     match name {
         Campaign::Microvm => microvm::run(&mut report, microvm::CAMPAIGN_CYCLES)?,
         Campaign::Supervisor => supervisor::run(&mut report, supervisor::CAMPAIGN_DEATHS)?,
+        Campaign::Verify => crate::scenarios::run(&mut report, crate::scenarios::CAMPAIGN, Roots::default())?,
         Campaign::Debian13 => {
             crate::scenarios::run(&mut report, "", Roots::both(Root::Debian13))?;
             crate::scenarios::run(&mut report, crate::scenarios::VERSIONS, Roots::mixed())?;
