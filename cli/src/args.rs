@@ -82,6 +82,9 @@ pub(crate) struct VerifyArgs {
     /// Where frames go that show a violation, as pcap.
     #[arg(long, value_name = "FILE", requires = "interface")]
     pub pcap: Option<PathBuf>,
+    /// Time between two questions on a path, in milliseconds; three times as long where frames are asked.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub every_ms: u32,
     /// How long to go on; Ctrl-C ends it earlier, with the verdict.
     #[arg(long = "for", value_name = "SECONDS", default_value_t = 60)]
     pub seconds: u32,

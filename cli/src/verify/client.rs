@@ -15,9 +15,6 @@ use super::judge::{Judge, Observation, Verdict};
 use super::segment::Segment;
 use super::tape::Tape;
 
-/// Between two questions on a path.
-const PERIOD: Duration = Duration::from_millis(20);
-
 /// Every so many datagrams or frames an old question is asked again.
 const AGAIN: u64 = 4;
 
@@ -37,6 +34,8 @@ pub(super) struct Plan<'a> {
     pub(super) segment: Option<Segment>,
     /// The client's name.
     pub(super) client: u64,
+    /// Between two questions on a path.
+    pub(super) period: Duration,
     pub(super) lasts: Duration,
 }
 
@@ -44,6 +43,7 @@ pub(super) struct Plan<'a> {
 #[derive(Debug)]
 struct Shared {
     client: u64,
+    period: Duration,
     began: Instant,
     end: Instant,
     /// Somebody wants the verdict now.
@@ -101,6 +101,7 @@ pub(super) async fn run(plan: &Plan<'_>) -> std::io::Result<(Verdict, Tape)> {
     let began = Instant::now();
     let shared = Arc::new(Shared {
         client: plan.client,
+        period: plan.period,
         began,
         end: began + plan.lasts,
         enough: AtomicBool::new(false),
@@ -137,7 +138,7 @@ async fn datagrams(shared: Arc<Shared>, to: SocketAddr) {
     let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
     let Ok(socket) = UdpSocket::bind(any).await else { return };
     let mut bytes = [0; MAX_BYTES];
-    let mut tick = tokio::time::interval(PERIOD);
+    let mut tick = tokio::time::interval(shared.period);
     let mut sent = 0;
     while !shared.is_over() {
         tokio::select! {
@@ -185,7 +186,7 @@ async fn connection(shared: &Shared, path: &str, to: SocketAddr, worked: &mut bo
         }
         *worked = true;
         shared.heard(path, &line);
-        tokio::time::sleep(PERIOD).await;
+        tokio::time::sleep(shared.period).await;
     }
     Ok(())
 }
@@ -201,8 +202,14 @@ mod tests {
         let port = probe.expect("a port").expect("an address").port();
         understudy_responder::start(port).expect("listens");
         let addresses = ["127.0.0.1".parse().expect("an address")];
-        let plan =
-            Plan { addresses: &addresses, port, segment: None, client: 7, lasts: Duration::from_secs(1) };
+        let plan = Plan {
+            addresses: &addresses,
+            port,
+            segment: None,
+            client: 7,
+            period: Duration::from_millis(20),
+            lasts: Duration::from_secs(1),
+        };
         let (verdict, _) = run(&plan).await.expect("no frames, no error");
         assert_eq!(verdict.violations, []);
         for path in ["udp 127.0.0.1", "tcp 127.0.0.1"] {

@@ -28,7 +28,8 @@ pub(crate) async fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         None => None,
     };
     let lasts = Duration::from_secs(args.seconds.into());
-    let plan = client::Plan { addresses: &args.addresses, port: args.port, segment, client, lasts };
+    let period = Duration::from_millis(args.every_ms.into());
+    let plan = client::Plan { addresses: &args.addresses, port: args.port, segment, client, period, lasts };
     let (verdict, tape) = client::run(&plan).await.map_err(|error| {
         let reason = format!("frames cannot be exchanged: {error}");
         Failure::new(FailureKind::Unavailable, "frames", reason)

@@ -28,8 +28,8 @@ pub(crate) struct Verify {
 }
 
 impl Verify {
-    /// Asks a guest over everything.
-    pub(crate) fn start(lab: &Lab, guest: &str) -> Result<Self> {
+    /// Asks a guest over everything, each path every so many milliseconds.
+    pub(crate) fn start(lab: &Lab, guest: &str, every_ms: u32) -> Result<Self> {
         let pcap = lab.dir().logs().join(format!("verify-{guest}.pcap"));
         let address = guest_address(guest);
         let (v4, v6, mac) = (address.to_string(), guest_v6(address).to_string(), guest_mac(guest));
@@ -38,7 +38,7 @@ impl Verify {
             .args(["netns", "exec", &lab.dir().netns()])
             .arg(workspace::target().join("release/understudy"));
         command.args(["verify", &v4, &v6, "--interface", Net::Lan.name(), "--mac", &mac]);
-        command.args(["--for", AT_MOST, "--json", "--pcap"]).arg(&pcap);
+        command.args(["--every-ms", &every_ms.to_string(), "--for", AT_MOST, "--json", "--pcap"]).arg(&pcap);
         let said = std::fs::File::create(lab.dir().logs().join(format!("verify-{guest}.log")))?;
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(said).spawn();
         Ok(Self { child: child.context("cannot run verify")?, pcap })

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::task::JoinSet;
 use understudy_responder::frame::{self, Direction, Protocol};
@@ -12,8 +12,8 @@ use super::Shared;
 use crate::verify::segment::Segment;
 use crate::verify::tape::Taped;
 
-/// Between two questions on a path. There are six of them, and a guest may be slow.
-const PERIOD: Duration = Duration::from_millis(60);
+/// So many periods are between two questions on a path. There are six of them, and a guest may be slow.
+const PERIODS: u32 = 3;
 
 /// Longer frames are cut.
 const FRAME_BYTES: usize = 65_536;
@@ -32,7 +32,7 @@ pub(super) fn start(shared: &Arc<Shared>, segment: Segment, paths: &mut JoinSet<
 }
 
 async fn ask(shared: Arc<Shared>, socket: Arc<PacketSocket>, segment: Segment, protocol: Protocol) {
-    let mut tick = tokio::time::interval(PERIOD);
+    let mut tick = tokio::time::interval(shared.period * PERIODS);
     let mut sent = 0;
     while !shared.is_over() {
         tick.tick().await;
