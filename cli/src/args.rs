@@ -5,6 +5,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use understudy_proto::pace::EpochGoals;
 
+use understudy_responder::PORT as RESPONDER_PORT;
+use understudy_responder::frame::Mac;
+
 /// Keeps virtual machines alive through the death of their host.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100, disable_help_subcommand = true)]
@@ -71,9 +74,6 @@ pub(crate) enum Command {
     },
 }
 
-/// Where the responder listens unless told otherwise.
-const RESPONDER_PORT: u16 = 7422;
-
 #[derive(Debug, clap::Args)]
 pub(crate) struct VerifyArgs {
     /// Addresses of the guest, IPv4 or IPv6; each is asked over UDP and TCP.
@@ -82,7 +82,20 @@ pub(crate) struct VerifyArgs {
     /// Where the responder listens.
     #[arg(long, default_value_t = RESPONDER_PORT)]
     pub port: u16,
-    /// How long to go on.
+    /// Our network interface on the guest's segment: ICMP, ICMPv6, ARP, neighbour discovery, 802.1Q and multicast are asked
+    /// as well. Needs root or CAP_NET_RAW.
+    #[arg(long, value_name = "INTERFACE")]
+    pub interface: Option<String>,
+    /// The guest's hardware address; learnt by its first IPv4 address if left out.
+    #[arg(long, value_name = "MAC", requires = "interface", value_parser = crate::verify::parse_mac)]
+    pub mac: Option<Mac>,
+    /// Where frames go that show a violation, as pcap.
+    #[arg(long, value_name = "FILE", requires = "interface")]
+    pub pcap: Option<PathBuf>,
+    /// Time between two questions on a path, in milliseconds; three times as long where frames are asked.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub every_ms: u32,
+    /// How long to go on; Ctrl-C ends it earlier, with the verdict.
     #[arg(long = "for", value_name = "SECONDS", default_value_t = 60)]
     pub seconds: u32,
     /// The verdict as JSON.

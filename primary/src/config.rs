@@ -77,10 +77,10 @@ pub struct Config {
     #[arg(long, value_name = "N")]
     pub die_at_epoch: Option<u64>,
 
-    /// Test hook: the output gate does this wrong.
+    /// Test hook: the output gates of these domains do wrong.
     #[cfg(feature = "test-hooks")]
-    #[arg(long, value_enum, value_name = "FAULT")]
-    pub plant_fault: Option<crate::egress::planted::Fault>,
+    #[arg(long, value_name = "DOMAIN=FAULT,..", value_delimiter = ',')]
+    pub plant_fault: Vec<crate::egress::planted::Plant>,
 }
 
 impl Config {

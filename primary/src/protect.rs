@@ -281,27 +281,28 @@ fn output(agent: &Agent, wanted: &ProtectedGuest, facts: &DomainFacts) -> Output
         return Output::Ungated;
     }
     let ports = egress::ports(facts);
-    let gate_of = gate_of(agent);
+    let name = facts.name.clone();
+    let gate_of = gate_of(agent, &name);
     Output::Gated(Box::new(move || {
         let ports = ports.map_err(|refusals| egress::GateError::Hole {
             reason: refusals.into_iter().map(|refusal| refusal.reason).collect::<Vec<_>>().join("; "),
         })?;
         let (gate, engine) = NetlinkGate::install(&ports)?;
         let watch = gate.watch()?;
-        Ok(Gate::new(SharedKeeper::new(engine, gate_of(gate)), Some(watch)))
+        Ok(Gate::new(SharedKeeper::new(engine, gate_of(gate)).of(&name), Some(watch)))
     }))
 }
 
 type GateOf = Box<dyn FnOnce(NetlinkGate) -> Box<dyn OutputGate> + Send>;
 
 #[cfg(not(feature = "test-hooks"))]
-fn gate_of(_agent: &Agent) -> GateOf {
+fn gate_of(_agent: &Agent, _domain: &str) -> GateOf {
     Box::new(|gate| Box::new(gate))
 }
 
 #[cfg(feature = "test-hooks")]
-fn gate_of(agent: &Agent) -> GateOf {
-    match agent.config.plant_fault {
+fn gate_of(agent: &Agent, domain: &str) -> GateOf {
+    match agent.config.plant_fault.iter().find(|plant| plant.domain == domain).map(|plant| plant.fault) {
         Some(fault) => Box::new(move |gate| Box::new(egress::planted::Planted::new(gate, fault))),
         None => Box::new(|gate| Box::new(gate)),
     }

@@ -24,6 +24,8 @@ pub(crate) enum Bench {
     Codec,
     /// Memory of encoder and image
     Memory,
+    /// How long a request to a guest takes, in the lab: unprotected, with fixed epochs, with epochs that output ends
+    Latency,
     /// How long a promotion takes to load a guest, and the backup's memory
     Load,
     /// How long failovers in the lab take, part by part
@@ -35,10 +37,13 @@ pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Resul
     if bench == Bench::Failover {
         return failover::run(json.as_deref(), more);
     }
+    if bench == Bench::Latency {
+        return crate::scenarios::latency::run(json.as_deref());
+    }
     let mut cargo = workspace::cargo();
     cargo.args(["run", "--locked", "--release", "-p"]);
     let name = match bench {
-        Bench::Load | Bench::Failover => None,
+        Bench::Load | Bench::Failover | Bench::Latency => None,
         Bench::Pause => Some("pause"),
         Bench::Slowdown => Some("slowdown"),
         Bench::Autopilot => Some("autopilot"),

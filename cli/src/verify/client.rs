@@ -1,20 +1,21 @@
 //! Asks a guest all the time, over every path, and tells the judge.
 
+mod frames;
+
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpStream, UdpSocket};
+use understudy_responder::wire::{Answer, MAX_BYTES, Request};
 
 use super::judge::{Judge, Observation, Verdict};
-use super::wire::{Answer, MAX_BYTES, Request};
+use super::segment::Segment;
+use super::tape::Tape;
 
-/// Between two questions on a path.
-const PERIOD: Duration = Duration::from_millis(20);
-
-/// Every so many datagrams an old question is asked again.
+/// Every so many datagrams or frames an old question is asked again.
 const AGAIN: u64 = 4;
 
 /// How old it is at most.
@@ -23,20 +24,43 @@ const AGO: u64 = 256;
 /// Between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(200);
 
+/// Who is asked, and for how long.
+#[derive(Debug)]
+pub(super) struct Plan<'a> {
+    /// Each over UDP and TCP.
+    pub(super) addresses: &'a [IpAddr],
+    pub(super) port: u16,
+    /// Where frames are exchanged, if they are.
+    pub(super) segment: Option<Segment>,
+    /// The client's name.
+    pub(super) client: u64,
+    /// Between two questions on a path.
+    pub(super) period: Duration,
+    pub(super) lasts: Duration,
+}
+
 /// What all paths share.
 #[derive(Debug)]
 struct Shared {
     client: u64,
+    period: Duration,
     began: Instant,
     end: Instant,
+    /// Somebody wants the verdict now.
+    enough: AtomicBool,
     next: AtomicU64,
     judge: Mutex<Judge>,
+    tape: Mutex<Tape>,
 }
 
 impl Shared {
     fn see(&self, path: &str, observation: Observation) {
         let mut judge = self.judge.lock().unwrap_or_else(PoisonError::into_inner);
-        judge.see(path, observation, self.began.elapsed());
+        let violation = judge.see(path, observation, self.began.elapsed());
+        if let Some(violation) = violation.filter(|violation| !violation.evidence.is_empty()) {
+            let mut tape = self.tape.lock().unwrap_or_else(PoisonError::into_inner);
+            violation.evidence.iter().for_each(|answer| tape.want(&answer.line()));
+        }
     }
 
     /// A question, which is on its way as far as the judge is concerned.
@@ -49,6 +73,14 @@ impl Shared {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// A new one, or now and then an old one of any path.
+    fn number(&self, sent: u64) -> u64 {
+        match self.next.load(Ordering::Relaxed) {
+            next if sent.is_multiple_of(AGAIN) && next > 1 => next - 1 - (sent * 31 % AGO).min(next - 2),
+            _ => self.new_number(),
+        }
+    }
+
     fn heard(&self, path: &str, line: &[u8]) {
         let answer = std::str::from_utf8(line).ok().and_then(Answer::parse);
         if let Some(answer) = answer.filter(|answer| answer.request.client == self.client) {
@@ -57,33 +89,48 @@ impl Shared {
     }
 
     fn is_over(&self) -> bool {
-        Instant::now() >= self.end
+        self.enough.load(Ordering::Relaxed) || Instant::now() >= self.end
     }
 }
 
-/// Asks at all `addresses` for as long as `lasts`.
-pub(super) async fn run(addresses: &[IpAddr], port: u16, client: u64, lasts: Duration) -> Verdict {
+/// Does it; gives what the guest has sent as well.
+///
+/// # Errors
+/// If frames are to be exchanged and the system does not allow it.
+pub(super) async fn run(plan: &Plan<'_>) -> std::io::Result<(Verdict, Tape)> {
     let began = Instant::now();
     let shared = Arc::new(Shared {
-        client,
+        client: plan.client,
+        period: plan.period,
         began,
-        end: began + lasts,
+        end: began + plan.lasts,
+        enough: AtomicBool::new(false),
         next: AtomicU64::new(1),
         judge: Mutex::default(),
+        tape: Mutex::default(),
     });
     let mut paths = tokio::task::JoinSet::new();
-    for address in addresses {
-        let to = SocketAddr::new(*address, port);
+    if let Some(segment) = plan.segment {
+        frames::start(&shared, segment, &mut paths)?;
+    }
+    for address in plan.addresses {
+        let to = SocketAddr::new(*address, plan.port);
         paths.spawn(datagrams(Arc::clone(&shared), to));
         paths.spawn(connections(Arc::clone(&shared), to));
     }
+    tokio::select! {
+        () = tokio::time::sleep_until(shared.end.into()) => {}
+        interrupted = tokio::signal::ctrl_c() => match interrupted {
+            Ok(()) => shared.enough.store(true, Ordering::Relaxed),
+            // Then it takes its time.
+            Err(_) => tokio::time::sleep_until(shared.end.into()).await,
+        },
+    }
     // A path whose last answer does not come is not waited for.
-    let _ = tokio::time::timeout_at((shared.end + RETRY).into(), async {
-        while paths.join_next().await.is_some() {}
-    })
-    .await;
+    let _ = tokio::time::timeout(RETRY, async { while paths.join_next().await.is_some() {} }).await;
     let judge = shared.judge.lock().unwrap_or_else(PoisonError::into_inner);
-    judge.verdict(began.elapsed())
+    let mut tape = shared.tape.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok((judge.verdict(began.elapsed()), std::mem::take(&mut tape)))
 }
 
 async fn datagrams(shared: Arc<Shared>, to: SocketAddr) {
@@ -91,7 +138,7 @@ async fn datagrams(shared: Arc<Shared>, to: SocketAddr) {
     let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
     let Ok(socket) = UdpSocket::bind(any).await else { return };
     let mut bytes = [0; MAX_BYTES];
-    let mut tick = tokio::time::interval(PERIOD);
+    let mut tick = tokio::time::interval(shared.period);
     let mut sent = 0;
     while !shared.is_over() {
         tokio::select! {
@@ -102,10 +149,7 @@ async fn datagrams(shared: Arc<Shared>, to: SocketAddr) {
             },
             _ = tick.tick() => {
                 sent += 1;
-                let number = match shared.next.load(Ordering::Relaxed) {
-                    next if sent % AGAIN == 0 && next > 1 => next - 1 - (sent * 31 % AGO).min(next - 2),
-                    _ => shared.new_number(),
-                };
+                let number = shared.number(sent);
                 // One that cannot be sent is one that is lost.
                 let _ = socket.send_to(shared.ask(&path, number).line().as_bytes(), to).await;
             }
@@ -142,7 +186,7 @@ async fn connection(shared: &Shared, path: &str, to: SocketAddr, worked: &mut bo
         }
         *worked = true;
         shared.heard(path, &line);
-        tokio::time::sleep(PERIOD).await;
+        tokio::time::sleep(shared.period).await;
     }
     Ok(())
 }
@@ -156,9 +200,17 @@ mod tests {
     async fn a_guest_that_keeps_its_word_is_found_to() {
         let probe = std::net::TcpListener::bind(("127.0.0.1", 0)).map(|listener| listener.local_addr());
         let port = probe.expect("a port").expect("an address").port();
-        super::super::responder::start(port).expect("listens");
+        understudy_responder::start(port).expect("listens");
         let addresses = ["127.0.0.1".parse().expect("an address")];
-        let verdict = run(&addresses, port, 7, Duration::from_secs(1)).await;
+        let plan = Plan {
+            addresses: &addresses,
+            port,
+            segment: None,
+            client: 7,
+            period: Duration::from_millis(20),
+            lasts: Duration::from_secs(1),
+        };
+        let (verdict, _) = run(&plan).await.expect("no frames, no error");
         assert_eq!(verdict.violations, []);
         for path in ["udp 127.0.0.1", "tcp 127.0.0.1"] {
             assert!(verdict.answers.get(path).is_some_and(|answers| *answers > 2), "{verdict:?}");

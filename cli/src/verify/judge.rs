@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::wire::Answer;
+use understudy_responder::wire::Answer;
 
 /// Violations that are described; all are counted.
 const DESCRIBED: usize = 20;
@@ -58,6 +58,9 @@ pub(crate) struct Violation {
     pub(crate) kind: Kind,
     /// In words.
     pub(crate) text: String,
+    /// The answers that contradict each other.
+    #[serde(skip)]
+    pub(crate) evidence: Vec<Answer>,
 }
 
 /// What it came to.
@@ -65,7 +68,7 @@ pub(crate) struct Violation {
 pub(crate) struct Verdict {
     /// Questions, each counted once.
     pub(crate) questions: u64,
-    /// Answers, repeated ones as well, by protocol and address.
+    /// Answers, repeated ones as well, by protocol and address; 0 where all questions were in vain.
     pub(crate) answers: BTreeMap<String, u64>,
     /// Between two answers.
     pub(crate) longest_silence_ms: u64,
@@ -87,8 +90,8 @@ struct Question {
 pub(crate) struct Judge {
     questions: BTreeMap<u64, Question>,
     asked: u64,
-    /// The highest stamp, and the highest number that was answered.
-    stamp: u64,
+    /// The answer with the highest stamp, and the highest number that was answered.
+    highest: Option<Answer>,
     answered: u64,
     boot: Option<u64>,
     answers: BTreeMap<String, u64>,
@@ -99,10 +102,14 @@ pub(crate) struct Judge {
 }
 
 impl Judge {
-    /// Takes what was seen on `path` at `at`.
-    pub(crate) fn see(&mut self, path: &str, observation: Observation, at: Duration) {
+    /// Takes what was seen on `path` at `at`; gives what is wrong with it, if that is new and to be described.
+    pub(crate) fn see(&mut self, path: &str, observation: Observation, at: Duration) -> Option<&Violation> {
+        let described = self.violations.len();
         match observation {
-            Observation::Asked(number) => self.asked(number),
+            Observation::Asked(number) => {
+                self.answers.entry(path.to_owned()).or_default();
+                self.asked(number);
+            }
             Observation::Heard(answer) => {
                 *self.answers.entry(path.to_owned()).or_default() += 1;
                 self.silence = self.silence.max(at.saturating_sub(self.last.unwrap_or(at)));
@@ -110,13 +117,18 @@ impl Judge {
                 self.heard(path, answer, at);
             }
             Observation::Broken(reason) => {
-                self.object(path, at, Kind::Broken, format!("the connection was broken: {reason}"));
+                self.object(path, at, Kind::Broken, format!("the connection was broken: {reason}"), vec![]);
             }
         }
+        self.violations.get(described)
+    }
+
+    fn stamp(&self) -> u64 {
+        self.highest.as_ref().map_or(0, |answer| answer.stamp)
     }
 
     fn asked(&mut self, number: u64) {
-        let (stamp, answered) = (self.stamp, self.answered);
+        let (stamp, answered) = (self.stamp(), self.answered);
         let asked = &mut self.asked;
         self.questions.entry(number).or_insert_with(|| {
             *asked += 1;
@@ -133,7 +145,7 @@ impl Judge {
         if boot != answer.boot {
             let text =
                 format!("the responder was started anew: {boot:016x} before, {:016x} now", answer.boot);
-            self.object(path, at, Kind::Restarted, text);
+            self.object(path, at, Kind::Restarted, text, vec![answer.clone()]);
         }
         // Too old, or none of ours.
         let Some(question) = self.questions.get_mut(&number) else { return };
@@ -162,19 +174,24 @@ impl Judge {
             )),
             None => None,
         };
-        self.stamp = self.stamp.max(answer.stamp);
         self.answered = self.answered.max(number);
-        question.answer.get_or_insert(answer);
+        let before = question.answer.clone().filter(|before| *before != answer);
+        question.answer.get_or_insert_with(|| answer.clone());
         if let Some((kind, text)) = objection {
-            self.object(path, at, kind, text);
+            let evidence =
+                before.or_else(|| self.highest.clone()).into_iter().chain([answer.clone()]).collect();
+            self.object(path, at, kind, text, evidence);
+        }
+        if answer.stamp > self.stamp() {
+            self.highest = Some(answer);
         }
     }
 
-    fn object(&mut self, path: &str, at: Duration, kind: Kind, text: String) {
+    fn object(&mut self, path: &str, at: Duration, kind: Kind, text: String, evidence: Vec<Answer>) {
         self.violations_total += 1;
         if self.violations.len() < DESCRIBED {
             let at_ms = u64::try_from(at.as_millis()).unwrap_or(u64::MAX);
-            self.violations.push(Violation { at_ms, path: path.to_owned(), kind, text });
+            self.violations.push(Violation { at_ms, path: path.to_owned(), kind, text, evidence });
         }
     }
 
@@ -193,9 +210,9 @@ impl Judge {
 
 #[cfg(test)]
 mod tests {
-    use super::super::responder::Memory;
-    use super::super::wire::Request;
     use super::*;
+    use understudy_responder::memory::Memory;
+    use understudy_responder::wire::Request;
 
     const PATH: &str = "udp guest";
 

@@ -2,14 +2,16 @@
 
 mod client;
 mod judge;
-mod responder;
-mod wire;
+mod segment;
+mod tape;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::time::Duration;
 
 use judge::Verdict;
+use segment::Segment;
+pub(crate) use segment::parse_mac;
 use understudy_proto::rpc::{Failure, FailureKind};
 
 use crate::args::{RespondArgs, VerifyArgs};
@@ -18,8 +20,28 @@ use crate::args::{RespondArgs, VerifyArgs};
 pub(crate) async fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     // Seeded by the system, which is all the randomness this needs.
     let client = RandomState::new().build_hasher().finish();
+    let segment = match &args.interface {
+        Some(interface) => {
+            let found = Segment::find(interface, args.mac, &args.addresses, args.port);
+            Some(found.map_err(|reason| Failure::new(FailureKind::FailedPrecondition, "interface", reason))?)
+        }
+        None => None,
+    };
     let lasts = Duration::from_secs(args.seconds.into());
-    let verdict = client::run(&args.addresses, args.port, client, lasts).await;
+    let period = Duration::from_millis(args.every_ms.into());
+    let plan = client::Plan { addresses: &args.addresses, port: args.port, segment, client, period, lasts };
+    let (verdict, tape) = client::run(&plan).await.map_err(|error| {
+        let reason = format!("frames cannot be exchanged: {error}");
+        Failure::new(FailureKind::Unavailable, "frames", reason)
+            .with_remedy("run it as root or with CAP_NET_RAW, or leave --interface out")
+    })?;
+    if let Some(path) = &args.pcap {
+        let evidence = tape.write(path).map_err(|error| {
+            let reason = format!("cannot write {}: {error}", path.display());
+            Failure::new(FailureKind::Unavailable, "pcap", reason)
+        })?;
+        eprintln!("{evidence} of {} frames are in {}", tape.frames(), path.display());
+    }
     if args.json {
         let json = serde_json::to_string(&verdict)
             .map_err(|error| Failure::new(FailureKind::Internal, "json", error.to_string()))?;
@@ -31,7 +53,7 @@ pub(crate) async fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         let reason = format!("the guest took back what it had said, {} times", verdict.violations_total);
         return Err(Failure::new(FailureKind::FailedPrecondition, "violation", reason));
     }
-    if verdict.answers.is_empty() {
+    if verdict.answers.values().all(|answers| *answers == 0) {
         let remedy = "run `understudy respond` in the guest, and let its port through";
         return Err(
             Failure::new(FailureKind::Unavailable, "no-answer", "nobody has answered").with_remedy(remedy)
@@ -64,11 +86,16 @@ fn text(verdict: &Verdict) -> String {
 
 /// Answers, in the guest, for as long as the process lives.
 pub(crate) async fn respond(args: &RespondArgs) -> Result<(), Failure> {
-    responder::start(args.port).map_err(|error| {
+    let started = understudy_responder::start(args.port).map_err(|error| {
         let reason = format!("cannot answer on port {}: {error}", args.port);
         Failure::new(FailureKind::Unavailable, "port", reason)
             .with_remedy("give another --port, to both sides")
     })?;
-    println!("answering on port {}, UDP and TCP", args.port);
+    match started.without_frames {
+        None => println!("answering on port {}, and frames", args.port),
+        Some(error) => {
+            println!("answering on port {}; frames need CAP_NET_RAW: {error}", args.port);
+        }
+    }
     std::future::pending().await
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use understudy_proto::epoch::{Committed, EpochKind};
 use understudy_proto::ids::EpochId;
@@ -11,6 +12,8 @@ use super::{GateEngine, GateError, Held, Op, OutputGate, Port, Sealing, State};
 
 /// A gate with its state.
 pub struct Keeper {
+    /// Of the guest.
+    name: String,
     engine: GateEngine,
     gate: Box<dyn OutputGate>,
     /// Why an interface of the guest has no gate, if one has none.
@@ -30,7 +33,13 @@ pub struct SharedKeeper(Arc<Mutex<Keeper>>);
 impl SharedKeeper {
     /// For a gate that is in `engine`'s state.
     pub fn new(engine: GateEngine, gate: Box<dyn OutputGate>) -> Self {
-        Self(Arc::new(Mutex::new(Keeper { engine, gate, hole: None })))
+        Self(Arc::new(Mutex::new(Keeper { name: String::new(), engine, gate, hole: None })))
+    }
+
+    /// The same, of the guest of this name, for the log.
+    pub fn of(self, name: &str) -> Self {
+        name.clone_into(&mut self.lock().name);
+        self
     }
 
     fn lock(&self) -> MutexGuard<'_, Keeper> {
@@ -52,6 +61,7 @@ impl SharedKeeper {
             return Err(GateError::Hole { reason: reason.clone() });
         }
         keeper.step(Event::Stopped(epoch, kind))?;
+        tracing::debug!(guest = keeper.name, epoch = epoch.0, unix_us = unix_us(), "sealed");
         Ok(keeper.engine.sealing())
     }
 
@@ -71,7 +81,10 @@ impl SharedKeeper {
     /// # Errors
     /// See above.
     pub fn committed(&self, proof: &Committed) -> Result<(), GateError> {
-        self.lock().step(Event::Committed(proof))
+        let mut keeper = self.lock();
+        // Before anything is released: with the lines above this is the log that a capture of the network is compared with.
+        tracing::debug!(guest = keeper.name, epoch = proof.epoch().0, unix_us = unix_us(), "committed");
+        keeper.step(Event::Committed(proof))
     }
 
     /// What waits.
@@ -114,6 +127,12 @@ impl SharedKeeper {
     pub fn discard(&self) -> Result<(), GateError> {
         self.lock().gate.discard()
     }
+}
+
+/// Now, on the clock that captures of the network have.
+fn unix_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Keeper {

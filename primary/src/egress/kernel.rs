@@ -104,6 +104,16 @@ impl NetlinkGate {
         }
     }
 
+    /// Test hook: everything but IPv4 passes the gate by.
+    #[cfg(feature = "test-hooks")]
+    pub(super) fn gate_ipv4_only(&mut self) -> Result<(), GateError> {
+        for gated in &self.gated {
+            let device = &gated.device;
+            self.route.redirect_ipv4_only(device.index, &device.name, gated.plug().index)?;
+        }
+        Ok(())
+    }
+
     fn tell_all(&mut self, action: Action) -> Result<(), GateError> {
         // All of them, whatever happens to one: what is not told holds too much, and that is mended by a full copy.
         let mut result = Ok(());

@@ -1,15 +1,43 @@
 //! Test hook: gates that do wrong on purpose, for `understudy verify` to find out.
 
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::ValueEnum;
+
 use super::engine::Kind;
 use super::{GateError, Held, NetlinkGate, Op, OutputGate, Port};
 
+/// How long a guest speaks after its stop before a barrier that comes too late.
+const LATE: Duration = Duration::from_millis(400);
+
 /// What is wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Fault {
     /// An epoch leaves when it is over, not when it is committed.
     ReleaseBeforeCommit,
-    /// What the guest sends after its stop leaves with the epoch before.
+    /// The barrier is set when the guest runs again: what it sends until then leaves with the epoch before.
     SealAfterResume,
+    /// Only IPv4 is redirected into the gate.
+    Ipv4Only,
+}
+
+/// A fault of the gate of one domain, `DOMAIN=FAULT`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plant {
+    /// Whose gate.
+    pub domain: String,
+    /// What is wrong with it.
+    pub fault: Fault,
+}
+
+impl FromStr for Plant {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (domain, fault) = text.split_once('=').ok_or_else(|| format!("{text:?} is not DOMAIN=FAULT"))?;
+        Ok(Self { domain: domain.to_owned(), fault: Fault::from_str(fault, false)? })
+    }
 }
 
 /// A gate with a fault.
@@ -21,8 +49,13 @@ pub struct Planted {
 
 impl Planted {
     /// Makes `gate` faulty.
-    pub fn new(gate: NetlinkGate, fault: Fault) -> Self {
+    pub fn new(mut gate: NetlinkGate, fault: Fault) -> Self {
         tracing::error!(?fault, "the output gate does wrong, as told");
+        if fault == Fault::Ipv4Only
+            && let Err(error) = gate.gate_ipv4_only()
+        {
+            tracing::error!(%error, "no, it does not");
+        }
         Self { gate, fault }
     }
 }
@@ -38,10 +71,11 @@ impl OutputGate for Planted {
                 Ok(())
             }
             (Fault::SealAfterResume, Kind::ReleaseSealed) => {
+                std::thread::sleep(LATE);
                 self.gate.tell(Kind::Seal)?;
                 self.gate.tell(Kind::ReleaseSealed)
             }
-            (_, Kind::Flush) => self.gate.apply(op),
+            (_, Kind::Flush) | (Fault::Ipv4Only, _) => self.gate.apply(op),
         }
     }
 

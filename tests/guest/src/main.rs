@@ -12,14 +12,16 @@
 //! touch PAGES MS     ok            the same with one word a page
 //! load               ok pages=N every_ms=N round=N round_us=N errors=N
 //! check              ok round=N pages=N errors=0 | bad round=N pages=N errors=N first=...
+//! bulk BLOCKS SEED   BLOCKS blocks of 4096 bytes (bulk.rs), then ok hash=N
+//! flood ADDR COUNT   ok sent=N     N datagrams of 1400 bytes have been sent to ADDR, as fast as possible
 //! reboot, poweroff   ok
 //! ```
 
+mod bulk;
 mod counter;
 mod load;
 mod power;
 mod serve;
-mod verify;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,9 +32,6 @@ use crate::load::Load;
 /// Where the requests are answered.
 const PORT: u16 = 7000;
 
-/// Where `understudy verify` asks.
-const VERIFY_PORT: u16 = 7422;
-
 fn main() -> ! {
     let counter = Arc::new(Counter::start());
     let load = Load::start();
@@ -41,8 +40,13 @@ fn main() -> ! {
         let (counter, load) = (Arc::clone(&counter), Arc::clone(&load));
         std::thread::spawn(move || serve::listen(PORT, &counter, &load));
     }
-    if let Err(error) = verify::responder::start(VERIFY_PORT) {
-        println!("GUEST cannot answer on port {VERIFY_PORT}: {error}");
+    match understudy_responder::start(understudy_responder::PORT) {
+        Ok(started) => {
+            if let Some(error) = started.without_frames {
+                println!("GUEST answers no frames: {error}");
+            }
+        }
+        Err(error) => println!("GUEST cannot answer `understudy verify`: {error}"),
     }
     println!("GUEST UP name={} boot={} vcpus={}", serve::guest_name(), counter::boot_id(), counter.vcpus());
     for tick in 1_u64.. {

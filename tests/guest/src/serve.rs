@@ -2,16 +2,20 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::bulk::{Hash, Stream};
 use crate::counter::{self, Counter};
 use crate::load::{Kind, Load, Report};
 use crate::power;
 
 /// A request line longer than this ends the connection.
 const MAX_LINE: u64 = 4096;
+
+/// Bytes of a datagram of a flood.
+const DATAGRAM: usize = 1400;
 
 /// Answers every connection on a thread of its own.
 pub(crate) fn listen(port: u16, counter: &Arc<Counter>, load: &Arc<Load>) {
@@ -37,9 +41,43 @@ fn answer(stream: &TcpStream, counter: &Counter, load: &Load) -> std::io::Result
         if lines.by_ref().take(MAX_LINE).read_line(&mut line)? == 0 || !line.ends_with('\n') {
             return Ok(());
         }
-        let reply = reply(line.trim(), counter, load);
+        let reply = match line.split_whitespace().collect::<Vec<_>>().as_slice() {
+            ["bulk", blocks, seed] => bulk(out, blocks, seed)?,
+            _ => reply(line.trim(), counter, load),
+        };
         out.write_all(format!("{reply}\n").as_bytes())?;
     }
+}
+
+fn bulk(mut out: &TcpStream, blocks: &str, seed: &str) -> std::io::Result<String> {
+    let (Ok(blocks), Ok(seed)) = (blocks.parse::<u32>(), seed.parse()) else {
+        return Ok(format!("bad numbers {blocks:?} {seed:?}"));
+    };
+    let (mut stream, mut hash) = (Stream::new(seed), Hash::new());
+    for _ in 0..blocks {
+        let block = stream.block();
+        hash.add(&block);
+        out.write_all(&block)?;
+    }
+    Ok(format!("ok hash={}", hash.value()))
+}
+
+/// What does not go now goes a moment later.
+fn flood(to: &str, count: &str) -> String {
+    let (Ok(to), Ok(count)) = (to.parse::<SocketAddr>(), count.parse::<u32>()) else {
+        return format!("bad flood {to:?} {count:?}");
+    };
+    let socket = match UdpSocket::bind(("0.0.0.0", 0)) {
+        Ok(socket) => socket,
+        Err(error) => return format!("bad socket: {error}"),
+    };
+    let datagram = [0x55; DATAGRAM];
+    for _ in 0..count {
+        while socket.send_to(&datagram, to).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    format!("ok sent={count}")
 }
 
 fn reply(line: &str, counter: &Counter, load: &Load) -> String {
@@ -67,6 +105,7 @@ fn reply(line: &str, counter: &Counter, load: &Load) -> String {
             let first = first.map_or_else(String::new, |(page, word)| format!(" first={page}:{word}"));
             format!("{verdict} round={round} pages={pages} errors={errors}{first}")
         }
+        ["flood", to, count] => flood(to, count),
         ["reboot"] => leave("reboot"),
         ["poweroff"] => leave("poweroff"),
         _ => format!("bad request {line:?}"),

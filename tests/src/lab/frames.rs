@@ -3,9 +3,9 @@
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::Lab;
 use super::domain::guest_mac;
@@ -22,8 +22,8 @@ pub(crate) struct FramesFrom {
 impl FramesFrom {
     /// Listens to what comes out of `host`, and not to what goes into it: the guest may run elsewhere as well.
     pub(crate) fn start(lab: &Lab, host: HostName, guest: &str) -> Result<Self> {
-        let frames = lab.dir().logs().join("frames");
-        let said = lab.dir().logs().join("frames.tcpdump");
+        let frames = lab.dir().logs().join(format!("frames-{host}-{guest}"));
+        let said = lab.dir().logs().join(format!("frames-{host}-{guest}.tcpdump"));
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &lab.dir().netns(), "tcpdump", "-i", &host.tap(Net::Lan), "-Q", "in"]);
         command.args(["--immediate-mode", "-l", "-n", "-e", "-Z", "root", "ether", "src", &guest_mac(guest)]);
@@ -37,6 +37,21 @@ impl FramesFrom {
             std::thread::sleep(Duration::from_millis(50));
         }
         bail!("tcpdump does not listen: {}", fs::read_to_string(&said).unwrap_or_default().trim())
+    }
+
+    /// How many there are up to now.
+    pub(crate) fn count(&self) -> Result<usize> {
+        Ok(fs::read_to_string(&self.frames).context("no recording")?.lines().count())
+    }
+
+    /// Waits until there are so many.
+    pub(crate) fn wait(&self, count: usize, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        while self.count()? < count {
+            ensure!(Instant::now() < end, "only {} of {count} frames came", self.count()?);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
     }
 
     /// What was sent, a line each.

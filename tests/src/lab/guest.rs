@@ -1,10 +1,13 @@
 //! Talking to the guest program from the client's network namespace.
 
-use std::io::{BufRead, BufReader, Write};
+#[path = "../../guest/src/bulk.rs"]
+mod bulk;
+
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::network;
 use super::plan::{GUEST_PORT, guest_address};
@@ -79,6 +82,26 @@ impl Guest {
             bail!("the guest answered `{request}` with `{answer}`");
         }
         Ok(answer)
+    }
+
+    /// Has it send so many blocks, and looks at every byte of them.
+    pub(crate) fn bulk(&mut self, blocks: u32, seed: u64) -> Result<()> {
+        let request = format!("bulk {blocks} {seed}\n");
+        self.stream.get_mut().write_all(request.as_bytes()).context("the guest is gone")?;
+        let (mut wanted, mut expected, mut found) =
+            (bulk::Stream::new(seed), bulk::Hash::new(), bulk::Hash::new());
+        for number in 0..blocks {
+            let mut block = [0; bulk::BLOCK];
+            self.stream.read_exact(&mut block).with_context(|| format!("block {number} of {blocks}"))?;
+            found.add(&block);
+            expected.add(&wanted.block());
+        }
+        let mut line = String::new();
+        self.stream.read_line(&mut line).context("the guest does not answer")?;
+        let said = field(&line, "hash").and_then(|hash| hash.parse::<u64>().ok());
+        ensure!(found.value() == expected.value(), "what came is not what was sent");
+        ensure!(said == Some(found.value()), "the guest says it sent {said:?}, {} came", found.value());
+        Ok(())
     }
 
     pub(crate) fn count(&mut self) -> Result<Count> {

@@ -2,6 +2,7 @@
 
 pub(crate) mod agents;
 pub(crate) mod cli;
+pub(crate) mod commits;
 pub(crate) mod control;
 pub(crate) mod domain;
 pub(crate) mod frames;
@@ -14,9 +15,11 @@ pub(crate) mod plan;
 pub(crate) mod remote;
 pub(crate) mod roots;
 pub(crate) mod sides;
+pub(crate) mod stamps;
 pub(crate) mod state;
 pub(crate) mod supervisor;
 pub(crate) mod understudy;
+pub(crate) mod verify;
 pub(crate) mod wire;
 
 use std::fs;

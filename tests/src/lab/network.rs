@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::LinkNameSpaceType;
 
-use super::plan::{HostName, Link, Net};
+use super::plan::{HostName, Link, Net, guest_v6};
 use crate::process;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -55,6 +55,9 @@ pub(crate) fn create(name: &str) -> Result<()> {
         // Without a forwarding delay a cable carries frames as soon as it is plugged in.
         script += &format!("link add {bridge} type bridge forward_delay 0 mcast_snooping 0\n");
         script += &format!("address add {}/24 dev {bridge}\nlink set {bridge} up\n", net.client());
+        if net == Net::Lan {
+            script += &format!("address add {}/64 dev {bridge} nodad\n", guest_v6(net.client()));
+        }
         for host in HostName::ALL {
             let tap = host.tap(net);
             script += &format!("tuntap add dev {tap} mode tap\nlink set {tap} master {bridge} up\n");

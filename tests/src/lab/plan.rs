@@ -14,7 +14,7 @@
 //! ```
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use anyhow::bail;
@@ -125,6 +125,11 @@ impl Net {
 pub(crate) fn guest_address(name: &str) -> Ipv4Addr {
     let number = name.trim_start_matches(|c: char| !c.is_ascii_digit()).parse::<u8>().unwrap_or(1);
     Net::Lan.address(9_u8.saturating_add(number.clamp(1, 200)))
+}
+
+/// The IPv6 address that goes with an address on the LAN, as the guest makes it of its own.
+pub(crate) fn guest_v6(address: Ipv4Addr) -> Ipv6Addr {
+    format!("fd77::{}", address.octets()[3]).parse().unwrap_or(Ipv6Addr::UNSPECIFIED)
 }
 
 impl FromStr for HostName {

@@ -3,12 +3,14 @@
 mod basics;
 mod exactness;
 mod failover;
+pub(crate) mod latency;
 mod lifecycle;
 mod metadata;
 mod output;
 mod owner;
 mod random;
 mod refusals;
+mod traffic;
 mod verified;
 mod versions;
 
@@ -31,6 +33,7 @@ use crate::testing::{self, Report};
 use crate::ui::Steps;
 
 pub(crate) use owner::takeovers;
+pub(crate) use verified::CAMPAIGN;
 pub(crate) use versions::VERSIONS;
 
 /// All scenarios together take less, also beside other work.
@@ -57,12 +60,16 @@ const SCENARIOS: &[&[Scenario]] = &[
     failover::SCENARIOS,
     output::SCENARIOS,
     owner::SCENARIOS,
+    traffic::SCENARIOS,
     verified::SCENARIOS,
     metadata::SCENARIOS,
 ];
 
-/// Played after those when they are asked for by name, and in the campaign.
-const ON_REQUEST: &[&[Scenario]] = &[exactness::ON_REQUEST, failover::ON_REQUEST];
+/// Played after those when they are asked for by name, and on hosts of another system.
+const VARIANTS: &[&[Scenario]] = &[exactness::ON_REQUEST, failover::ON_REQUEST];
+
+/// Played when they are asked for by name, as campaigns do.
+const LONG: &[&[Scenario]] = &[verified::ON_REQUEST, owner::ON_REQUEST];
 
 /// How long a guest may take until it answers.
 const UP: Duration = Duration::from_secs(120);
@@ -138,10 +145,9 @@ pub(crate) fn run(report: &mut Report, pattern: &str, roots: Roots) -> Result<()
 pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     let roots = lab.roots().unwrap_or_default();
     let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
-    let asked = !pattern.is_empty() || roots != Roots::default();
-    let on_request = ON_REQUEST.iter().copied().flatten().filter(|_| asked);
-    let partitions = owner::ON_REQUEST.iter().filter(|_| pattern.contains(OWNER));
-    let all = SCENARIOS.iter().copied().flatten().chain(on_request).chain(versions).chain(partitions);
+    let variants = VARIANTS.iter().copied().flatten().filter(|_| !pattern.is_empty() || roots != Roots::default());
+    let long = LONG.iter().copied().flatten().filter(|_| !pattern.is_empty());
+    let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions).chain(long);
     let repeats = Cell::new(0);
     for (name, scenario) in all.filter(|(name, _)| name.contains(pattern)) {
         report.test(name, || repeated(lab, &repeats, *scenario));

@@ -21,7 +21,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("understudy-backup", &["understudy-proto", "understudy-libvirt"]),
     // The supervisor needs nothing of the agents: it must work when they do not.
     ("understudy-watchdog", &["understudy-proto", "understudy-libvirt"]),
-    ("understudy", &["understudy-proto", "understudy-libvirt", "understudy-hook"]),
+    // Runs in guests.
+    ("understudy-responder", &[]),
+    ("understudy", &["understudy-proto", "understudy-libvirt", "understudy-hook", "understudy-responder"]),
     (
         "understudy-tests",
         &["understudy-proto", "understudy-libvirt", "understudy-primary", "understudy-backup"],

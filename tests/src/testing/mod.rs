@@ -75,6 +75,8 @@ pub(crate) enum Campaign {
     Supervisor,
     /// Everything that can happen to two hosts and a witness, in the lab
     Owner,
+    /// Twenty power cuts (UNDERSTUDY_CUTS) at random moments while `understudy verify` asks over everything
+    Verify,
     /// The lab's scenarios on hosts of Debian 13, then failovers between those and hosts of this machine's own system
     Debian13,
 }
@@ -87,6 +89,7 @@ pub(crate) fn campaign(name: Campaign) -> Result<i32> {
         Campaign::Microvm => microvm::run(&mut report, microvm::CAMPAIGN_CYCLES)?,
         Campaign::Supervisor => supervisor::run(&mut report, supervisor::CAMPAIGN_DEATHS)?,
         Campaign::Owner => crate::scenarios::run(&mut report, crate::scenarios::OWNER, Roots::default())?,
+        Campaign::Verify => crate::scenarios::run(&mut report, crate::scenarios::CAMPAIGN, Roots::default())?,
         Campaign::Debian13 => {
             crate::scenarios::run(&mut report, "", Roots::both(Root::Debian13))?;
             crate::scenarios::run(&mut report, crate::scenarios::VERSIONS, Roots::mixed())?;

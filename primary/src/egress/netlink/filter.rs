@@ -43,9 +43,14 @@ fn filter(index: u32) -> TcMessage {
     message
 }
 
-/// Priority 1 and every protocol, as `tcm_info` has them.
+/// Priority 1 and this protocol, as `tcm_info` has them.
+fn first_of(ethertype: u16) -> u32 {
+    (1 << 16) | u32::from(ethertype.to_be())
+}
+
+/// The same with every protocol.
 fn first_of_all() -> u32 {
-    (1 << 16) | u32::from(ETH_P_ALL.to_be())
+    first_of(ETH_P_ALL)
 }
 
 fn redirect(index: u32, to: u32) -> TcMessage {
@@ -137,6 +142,23 @@ impl Route {
         let message = RouteNetlinkMessage::NewTrafficFilter(redirect(index, to));
         let result = self.ask(message, NLM_F_CREATE | NLM_F_EXCL);
         doing(result, || format!("redirect what comes from {name}")).map(drop)
+    }
+
+    /// Test hook: redirects IPv4 only, where everything was redirected.
+    #[cfg(feature = "test-hooks")]
+    pub(in crate::egress) fn redirect_ipv4_only(
+        &mut self,
+        index: u32,
+        name: &str,
+        to: u32,
+    ) -> Result<(), GateError> {
+        const ETH_P_IP: u16 = 0x0800;
+        self.delete_ingress(index, name)?;
+        self.add_ingress(index, name)?;
+        let mut message = redirect(index, to);
+        message.header.info = first_of(ETH_P_IP);
+        let result = self.ask(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_EXCL);
+        doing(result, || format!("redirect IPv4 that comes from {name}")).map(drop)
     }
 
     /// Takes qdisc and redirect away: what comes from the guest goes its usual way.

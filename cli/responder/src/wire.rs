@@ -1,42 +1,42 @@
 //! What the client of `understudy verify` and the responder in the guest say to each other: one line each way, the same in
-//! a UDP datagram and on a TCP connection. Only the standard library, as the guest may have nothing else.
+//! a UDP datagram, on a TCP connection and in a frame.
 
 /// Begins every line; changes with the protocol.
 const MAGIC: &str = "us1";
 
 /// Bytes of the longest line.
-pub(crate) const MAX_BYTES: usize = 256;
+pub const MAX_BYTES: usize = 256;
 
 /// A question. Asked again, it has the same number and must get the same answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Request {
+pub struct Request {
     /// Who asks.
-    pub(crate) client: u64,
+    pub client: u64,
     /// Which question of this client it is; larger than that of every question it has asked before.
-    pub(crate) number: u64,
+    pub number: u64,
 }
 
 /// What the guest says, from its memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Answer {
+pub struct Answer {
     /// What was asked.
-    pub(crate) request: Request,
+    pub request: Request,
     /// Number of this answer among all that this guest has ever given.
-    pub(crate) stamp: u64,
+    pub stamp: u64,
     /// Largest number that this client had asked before.
-    pub(crate) heard: u64,
+    pub heard: u64,
     /// Which start of the responder it is.
-    pub(crate) boot: u64,
+    pub boot: u64,
 }
 
 impl Request {
     /// With its line feed.
-    pub(crate) fn line(self) -> String {
+    pub fn line(self) -> String {
         format!("{MAGIC} {:016x} {}\n", self.client, self.number)
     }
 
     /// `None` if it is none.
-    pub(crate) fn parse(line: &str) -> Option<Self> {
+    pub fn parse(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
         if words.next() != Some(MAGIC) {
             return None;
@@ -49,13 +49,13 @@ impl Request {
 
 impl Answer {
     /// With its line feed.
-    pub(crate) fn line(&self) -> String {
+    pub fn line(&self) -> String {
         let Self { request, stamp, heard, boot } = self;
         format!("{MAGIC} {:016x} {} {stamp} {heard} {boot:016x}\n", request.client, request.number)
     }
 
     /// `None` if it is none.
-    pub(crate) fn parse(line: &str) -> Option<Self> {
+    pub fn parse(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
         if words.next() != Some(MAGIC) {
             return None;

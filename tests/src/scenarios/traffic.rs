@@ -1,0 +1,193 @@
+//! The output gate under traffic: many connections, more output than commits can follow, interfaces that come and go.
+
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{Scenario, advances, protected};
+use crate::lab::Lab;
+use crate::lab::guest::Guest;
+use crate::lab::plan::HostName::{Alpha, Beta};
+use crate::lab::plan::Net;
+use crate::lab::remote::Exec;
+use crate::lab::understudy::Role;
+use crate::process;
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    ("output: 200 connections, bulk and idle, survive a power cut with what they carry", connections),
+    ("output: a guest that sends more than commits can follow is slowed, and nothing is dropped", flood),
+    ("output: an interface is gated or refused, plugged in before or while protected", interfaces),
+];
+
+const LIMIT: Duration = Duration::from_secs(90);
+
+/// Connections on which nothing is said while the power fails, and those on which much is.
+const IDLE: usize = 150;
+const BULK: usize = 50;
+
+/// Of each transfer: 32 KiB.
+const BLOCKS: u32 = 8;
+
+/// An answer takes an epoch, so connections are made and asked side by side.
+const AT_ONCE: usize = 25;
+
+fn connections(lab: &Lab) -> Result<()> {
+    let boot = protected(lab, &[], LIMIT)?.count()?.boot;
+    let connect = || Guest::connect(lab.dir(), "g1", LIMIT);
+    let mut idle = side_by_side(vec![(); IDLE], |()| {
+        let mut guest = connect()?;
+        guest.count().map(|_| guest)
+    })?;
+    let resumed = AtomicBool::new(false);
+    let transfer = |number: usize| -> Result<u32> {
+        let (mut guest, mut transfers) = (connect()?, 0);
+        // A connection that is reset, and content that is not what it should be, are errors here.
+        loop {
+            let after = resumed.load(Ordering::SeqCst);
+            guest.bulk(BLOCKS, (number as u64) << 32 | u64::from(transfers))?;
+            transfers += 1;
+            if after {
+                return Ok(transfers);
+            }
+        }
+    };
+    let transfers = std::thread::scope(|scope| {
+        let bulk: Vec<_> = (0..BULK).map(|number| scope.spawn(move || transfer(number))).collect();
+        std::thread::sleep(Duration::from_secs(3));
+        let failover = lab.power_off(Alpha).and_then(|()| lab.failover("g1", Beta).map(drop));
+        resumed.store(true, Ordering::SeqCst);
+        let mut transfers = 0;
+        for client in bulk {
+            transfers += client.join().unwrap_or_else(|_| bail!("a client panicked"))?;
+        }
+        failover.map(|()| transfers)
+    })?;
+    side_by_side(idle.iter_mut().collect(), |guest| {
+        ensure!(guest.count()?.boot == boot, "the guest was started anew");
+        Ok(())
+    })?;
+    println!(
+        "    {IDLE} idle and {BULK} bulk connections live on, {transfers} transfers of 32 KiB, every byte right"
+    );
+    Ok(())
+}
+
+/// Does the work for all, some at a time.
+fn side_by_side<T: Send, R: Send>(all: Vec<T>, work: impl Fn(T) -> Result<R> + Sync) -> Result<Vec<R>> {
+    let queue = std::sync::Mutex::new(all);
+    let next = || queue.lock().map_or(None, |mut queue| queue.pop());
+    std::thread::scope(|scope| {
+        let worker = || {
+            let mut done = Vec::new();
+            while let Some(one) = next() {
+                done.push(work(one)?);
+            }
+            Ok(done)
+        };
+        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();
+        let mut done = Vec::new();
+        for worker in workers {
+            done.extend(worker.join().unwrap_or_else(|_| bail!("a client panicked"))?);
+        }
+        Ok(done)
+    })
+}
+
+/// Of a flood: 40 MB, more than the gate takes before it keeps the guest stopped.
+const DATAGRAMS: u32 = 28_000;
+
+/// What passes of the link to the backup then. A guest on an emulated host sends several times as much.
+const RATE: &str = "16mbit";
+
+fn flood(lab: &Lab) -> Result<()> {
+    drop(protected(lab, &[], LIMIT)?);
+    let send = || -> Result<(Duration, u64)> {
+        let primary =
+            || lab.status(Alpha, Role::Primary, "g1")?.context("the primary does not know the guest");
+        let (before, began) = (primary()?.number("epochs_total").unwrap_or(0), Instant::now());
+        // To a port where nobody listens.
+        let request = format!("flood {}:9 {DATAGRAMS}", Net::Lan.client());
+        Guest::connect(lab.dir(), "g1", Duration::from_secs(240))?.must(&request)?;
+        let (took, after) = (began.elapsed(), primary()?);
+        ensure!(after.number("output_dropped_total") == Some(0), "{after:?}");
+        Ok((took, after.number("epochs_total").unwrap_or(0).saturating_sub(before)))
+    };
+    let (free, free_epochs) = send()?;
+    let shaped = Shaped::start(lab)?;
+    let (slow, slow_epochs) = send()?;
+    drop(shaped);
+    let megabytes = f64::from(DATAGRAMS) * 1400.0 / 1e6;
+    let rate = |took: Duration| megabytes / took.as_secs_f64();
+    println!(
+        "    {megabytes:.0} MB: {:.1} MB/s in {free_epochs} epochs, over {RATE} {:.1} MB/s in {slow_epochs}; nothing dropped",
+        rate(free),
+        rate(slow)
+    );
+    ensure!(slow > free, "a slow link to the backup has not slowed the guest: {free:?}, {slow:?}");
+    ensure!(slow_epochs > 0, "no epoch was committed meanwhile");
+    advances(lab, LIMIT)
+}
+
+/// A link to the backup that lets little through; dropping it heals it.
+struct Shaped<'a>(&'a Lab);
+
+impl<'a> Shaped<'a> {
+    fn start(lab: &'a Lab) -> Result<Self> {
+        let shaped = Self(lab);
+        shaped.tc(&["add"], &["tbf", "rate", RATE, "burst", "64kb", "latency", "1s"])?;
+        Ok(shaped)
+    }
+
+    fn tc(&self, verb: &[&str], qdisc: &[&str]) -> Result<String> {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.0.dir().netns(), "tc", "qdisc"]).args(verb);
+        command.args(["dev", &Beta.tap(Net::Repl), "root"]).args(qdisc);
+        process::checked(&mut command, Duration::from_secs(20))
+    }
+}
+
+impl Drop for Shaped<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.tc(&["del"], &[]) {
+            println!("    the link stays slow: {error:#}");
+        }
+    }
+}
+
+const CARD: &str = "<interface type='bridge'><mac address='52:54:00:77:02:0a'/><source bridge='br0'/>\
+    <model type='virtio'/><rom enabled='no'/></interface>";
+
+/// QEMU takes no device while it is checkpointed, so none can come past the gate; one that came before is gated with the
+/// rest.
+fn interfaces(lab: &Lab) -> Result<()> {
+    drop(protected(lab, &[], LIMIT)?);
+    let file = lab.dir().shared().join("card.xml");
+    std::fs::write(&file, CARD)?;
+    let file = file.display().to_string();
+    let virsh = |verb: &str| lab.exec(Alpha, &Exec::new(["virsh", verb, "g1", &file, "--live"]).limit(LIMIT));
+    let gates =
+        || lab.shell(Alpha, "ls /sys/class/net | grep -c usg- || true").map(|count| count.trim().to_owned());
+    ensure!(gates()? == "1", "{} gates for one interface", gates()?);
+    let refused = virsh("attach-device")?;
+    ensure!(
+        refused.code != 0 && refused.stderr.contains("migrat"),
+        "plugged in while protected: {refused:?}"
+    );
+    advances(lab, LIMIT)?;
+    ensure!(gates()? == "1", "{} gates for one interface", gates()?);
+    lab.must_understudy(Alpha, &["unprotect", "g1"])?;
+    let taken = virsh("attach-device")?;
+    ensure!(taken.code == 0, "{taken:?}");
+    lab.protect("g1", Alpha)?;
+    advances(lab, LIMIT)?;
+    ensure!(gates()? == "2", "{} gates for two interfaces", gates()?);
+    let refused = virsh("detach-device")?;
+    ensure!(refused.code != 0 && refused.stderr.contains("migrat"), "unplugged while protected: {refused:?}");
+    println!(
+        "    refused while protected: {}",
+        refused.stderr.trim().lines().next_back().unwrap_or_default()
+    );
+    advances(lab, LIMIT)
+}
