@@ -145,7 +145,8 @@ pub(crate) fn run(report: &mut Report, pattern: &str, roots: Roots) -> Result<()
 pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     let roots = lab.roots().unwrap_or_default();
     let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
-    let variants = VARIANTS.iter().copied().flatten().filter(|_| !pattern.is_empty() || roots != Roots::default());
+    let variants =
+        VARIANTS.iter().copied().flatten().filter(|_| !pattern.is_empty() || roots != Roots::default());
     let long = LONG.iter().copied().flatten().filter(|_| !pattern.is_empty());
     let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions).chain(long);
     let repeats = Cell::new(0);

@@ -370,7 +370,8 @@ impl Host for AgentHost {
     async fn protect(&self, guest: GuestId, to: &str) -> Result<(), Failure> {
         let mut agent = self.agent(transport::PRIMARY_SOCKET).await?;
         let (domain, to) = (guest.to_string(), to.to_owned());
-        let request = ProtectRequest { domain, to, epoch: None, insecure: self.insecure, ungated: false };
+        let request =
+            ProtectRequest { domain, to, epoch: None, insecure: self.insecure, ungated: false, goals: None };
         let follow = async {
             let mut steps = agent.protect(request).await?;
             while let Some(step) = steps.next().await {

@@ -78,6 +78,7 @@ impl World {
         }
         let settings = Settings {
             generation: Generation(generation),
+            goals: None,
             epoch: Duration::from_millis(200),
             floor: Duration::from_millis(50),
             attended,
