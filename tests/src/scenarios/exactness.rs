@@ -37,6 +37,8 @@ const VARIANTS: [(Shape, bool, &str); 4] = [
 const MEMORY_MIB: u32 = 80;
 /// Pages of 2 MiB for one such guest, and a few over.
 const HUGE_PAGES: u32 = MEMORY_MIB / 2 + 6;
+/// Until a guest on them answers: with an emulated KVM it takes minutes.
+const HUGE_UP: Duration = Duration::from_secs(360);
 /// Within the first so many.
 const RANGE: u64 = 60;
 const LIMIT: Duration = Duration::from_secs(180);
@@ -162,7 +164,8 @@ fn compare(lab: &Lab, case: &Case) -> Result<Vec<String>> {
         lab.restart_agent(host, role, &arguments)?;
     }
     lab.start_guest(*host, spec)?;
-    let mut guest = Guest::wait(lab.dir(), &spec.name, UP)?;
+    let limit = if spec.huge_pages { HUGE_UP } else { UP };
+    let mut guest = Guest::wait(lab.dir(), &spec.name, limit)?;
     if spec.huge_pages {
         let free = lab.shell(*host, "grep HugePages_Free /proc/meminfo")?;
         let free = free.split_whitespace().next_back().and_then(|word| word.parse::<u32>().ok());
