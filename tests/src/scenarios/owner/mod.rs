@@ -14,13 +14,13 @@ use crate::lab::understudy::Role;
 use HostName::{Alpha, Beta};
 use keeping::Keeping;
 
-pub(super) const SCENARIOS: &[Scenario] = &[
-    ("owner: a power cut, protected again, home again, and to the other host, without anybody", round),
-    ("owner: witness lost, link cut, QEMU hangs, QEMU dies, agent dies, one after the other", in_turn),
-];
+pub(super) const SCENARIOS: &[Scenario] =
+    &[("owner: a power cut is noticed and the guest promoted without anybody", unattended)];
 
-/// Too long for every run: `cargo xtask campaign owner`.
+/// Not for every run: `cargo xtask campaign owner`.
 pub(super) const ON_REQUEST: &[Scenario] = &[
+    ("owner-more: a power cut, protected again, home again, and to the other host, without anybody", round),
+    ("owner-more: witness lost, link cut, QEMU hangs, QEMU dies, agent dies, one after the other", in_turn),
     ("owner-more: three times from host to host and back", |lab| rounds(lab, 3)),
     ("owner-more: the witness and then the primary are lost", partitions::witness_then_primary),
     ("owner-more: the primary is cut off from everything", partitions::cut_off),
@@ -33,6 +33,11 @@ pub(super) const ON_REQUEST: &[Scenario] = &[
 ];
 
 const WITNESS_ON: Net = Net::Mgmt;
+
+fn unattended(lab: &Lab) -> Result<()> {
+    let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
+    power_cut(&mut keeping, Alpha)
+}
 
 fn round(lab: &Lab) -> Result<()> {
     let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;

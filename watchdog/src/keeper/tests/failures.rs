@@ -80,7 +80,7 @@ async fn a_protection_that_began_before_a_restart_goes_on() {
     // The term after that which was found makes void what was under way; the one after gives the copy up, whose backup
     // stays lost.
     reaches(&arbiter, Term(6)).await;
-    assert!(!host.done().iter().any(|command| *command == Command::OpenGate(Term(6))), "{:?}", host.done());
+    assert!(!host.done().contains(&Command::OpenGate(Term(6))), "{:?}", host.done());
     reaches(&arbiter, Term(7)).await;
     Pair::until_done(&host, |command| *command == Command::OpenGate(Term(7))).await;
 }
