@@ -7,7 +7,7 @@ use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::ownership::{Owner, Ownership, Term};
 
 use super::super::{Command, Event, Local, Role};
-use super::state::{HOSTS, Msg, N, Node, State, dog, life};
+use super::state::{Msg, N, Node, State, dog, life};
 use super::{Bug, properties};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
