@@ -218,6 +218,7 @@ impl World {
             self.deliver(number, side, message);
         }
         if gives_up {
+            self.send(number, side, Message::End("the other side has given up".to_owned()));
             self.deliver(number, side, Message::End("nothing is heard".to_owned()));
         }
     }
