@@ -12,7 +12,8 @@ pub(crate) enum Bug {
     PromoteWithoutConfirm,
     /// A host that has lost its backup lets output out without asking the arbiter.
     SoloWithoutSwap,
-    /// A keeper that starts anew and finds its host the owner opens the gate at once.
+    /// A keeper that starts anew and finds its host the owner opens the gate at once, without making void what its life
+    /// before has asked.
     ReopenOnRestart,
     /// A backup takes a stream of any generation.
     NoGenerationCheck,

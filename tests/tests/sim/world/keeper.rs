@@ -212,6 +212,9 @@ impl World {
                 // As the keeper has it: a protection that was begun before its life goes on.
                 Output::Command(Command::OpenGate(_)) if recovering && protecting => {}
                 Output::Command(Command::Read) => self.ask_to_read(h, life),
+                Output::Command(Command::Swap(_))
+                    if self.bug == Bug::ReopenOnRestart
+                        && matches!(self.role(h), Some(Role::Recovering { .. })) => {}
                 Output::Command(Command::Swap(new)) => self.ask_to_swap(h, &new),
                 Output::Command(command) => self.hand(h, command),
                 Output::Became(role) => {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use understudy_proto::ownership::{Owner, Ownership};
 use understudy_proto::rpc::epoch::{BackupMessage, PrimaryMessage};
 
+use super::faults::Fault;
 use super::host::Process;
 use super::keeper;
 use super::{What, World, backup, primary};
@@ -217,6 +218,7 @@ impl World {
             self.deliver(number, side, message);
         }
         if gives_up {
+            self.send(number, side, Message::End("the other side has given up".to_owned()));
             self.deliver(number, side, Message::End("nothing is heard".to_owned()));
         }
     }
@@ -263,6 +265,14 @@ impl World {
     pub(super) fn ask_to_swap(&mut self, h: usize, new: &Ownership) {
         if self.net.is_cut(Cut::Witness(h)) || self.seldom(25) {
             return;
+        }
+        if self.seldom(25) {
+            // Who has asked dies, and its question arrives when its next life is there.
+            let later = 300 + self.below(1500);
+            self.after(later, What::Swap(Box::new(new.clone())));
+            self.after(0, What::Fault(Fault::Kill(h, Process::Keeper)));
+            let later = 100 + self.below(300);
+            return self.after(later, What::Start(h, Process::Keeper));
         }
         for _ in 0..if self.seldom(20) { 2 } else { 1 } {
             let later = self.witness_delay();
