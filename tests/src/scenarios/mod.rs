@@ -56,7 +56,6 @@ const SCENARIOS: &[&[Scenario]] = &[
     failover::SCENARIOS,
     output::SCENARIOS,
     owner::SCENARIOS,
-    traffic::SCENARIOS,
     verified::SCENARIOS,
     metadata::SCENARIOS,
 ];
@@ -135,7 +134,7 @@ pub(crate) fn run(report: &mut Report, pattern: &str, roots: Roots) -> Result<()
 pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     let roots = lab.roots().unwrap_or_default();
     let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
-    let long = verified::ON_REQUEST.iter().filter(|(name, _)| !pattern.is_empty() && name.contains(pattern));
+    let long = verified::ON_REQUEST.iter().chain(traffic::ON_REQUEST).filter(|_| !pattern.is_empty());
     let variants = exactness::ON_REQUEST.iter().filter(|_| !pattern.is_empty() || roots != Roots::default());
     let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions).chain(long);
     let repeats = Cell::new(0);
