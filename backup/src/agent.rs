@@ -53,7 +53,7 @@ impl Agent {
     /// Starts the agent: a new life, with the guests its control files know.
     ///
     /// # Errors
-    /// If the control files cannot be listed, or a thread not be started.
+    /// If the control files cannot be listed.
     pub async fn start(tools: Tools, staging_max_bytes: u64) -> std::io::Result<Arc<Self>> {
         let promoter = Arc::clone(&tools.promoter);
         let facts = blocking(move || promoter.host_facts()).await?;
@@ -91,7 +91,7 @@ impl Agent {
                 LocalDomain::Absent
             });
             let engine = Engine::restarted(identity.clone(), record, local);
-            guests.insert(guest, Guest::start(engine, tools.clone())?);
+            guests.insert(guest, Guest::start(engine, tools.clone()));
         }
         Ok(Arc::new(Self { tools, identity, guests: Mutex::new(guests), unreadable }))
     }
@@ -108,15 +108,15 @@ impl Agent {
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn guest(&self, hello: &Hello) -> std::io::Result<Guest> {
+    fn guest(&self, hello: &Hello) -> Guest {
         let mut guests = self.lock();
         if let Some(guest) = guests.get(&hello.guest) {
-            return Ok(guest.clone());
+            return guest.clone();
         }
         let engine = Engine::new(self.identity.clone(), hello.guest, hello.guest_name.clone());
-        let guest = Guest::start(engine, self.tools.clone())?;
+        let guest = Guest::start(engine, self.tools.clone());
         guests.insert(hello.guest, guest.clone());
-        Ok(guest)
+        guest
     }
 
     fn find(&self, key: &str) -> Result<Guest, Failure> {
@@ -200,7 +200,7 @@ impl Agent {
             ));
         }
         let internal = |text: String| refused(RefusedCode::Internal, text, "restart the backup agent");
-        let guest = self.guest(&hello).map_err(|e| internal(e.to_string()))?;
+        let guest = self.guest(&hello);
         let connect = Connect { hello, agreement, local, inbound, outbound };
         guest.connect(connect).await.map_err(|e| internal(e.reason))
     }

@@ -17,9 +17,13 @@ impl Dump {
     pub(crate) fn committed(&self, _image: &Image) {}
 }
 
+/// Blocks are cut where the primary cuts its dumps, in bytes.
+#[cfg(feature = "test-hooks")]
+const CUT: usize = 1 << 20;
+
 #[cfg(feature = "test-hooks")]
 impl Dump {
-    /// Dumps these epochs to `DIR/backup-EPOCH/BLOCK.bin`.
+    /// Dumps these epochs to `DIR/backup-EPOCH/BLOCK@OFFSET.bin`.
     pub fn new(epochs: impl IntoIterator<Item = u64>, dir: std::path::PathBuf) -> Self {
         Self { chosen: Some((std::sync::Arc::new(epochs.into_iter().collect()), dir)) }
     }
@@ -35,7 +39,12 @@ impl Dump {
         let written = std::fs::create_dir_all(&partial)
             .and_then(|()| {
                 image.blocks().try_for_each(|(_, block, memory)| {
-                    std::fs::write(partial.join(format!("{}.bin", block.name.replace('/', "_"))), memory)
+                    let (low, high) = memory.split_at(memory.len().min(CUT));
+                    let file = |offset: usize| {
+                        partial.join(format!("{}@{offset:x}.bin", block.name.replace('/', "_")))
+                    };
+                    std::fs::write(file(0), low)?;
+                    if high.is_empty() { Ok(()) } else { std::fs::write(file(CUT), high) }
                 })
             })
             .and_then(|()| std::fs::rename(&partial, &target));

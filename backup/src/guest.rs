@@ -96,10 +96,7 @@ impl std::fmt::Debug for Tools {
 
 impl Guest {
     /// Starts the owner of a guest.
-    ///
-    /// # Errors
-    /// If its thread cannot be started.
-    pub fn start(engine: Engine, tools: Tools) -> std::io::Result<Self> {
+    pub fn start(engine: Engine, tools: Tools) -> Self {
         owner::start(engine, tools)
     }
 

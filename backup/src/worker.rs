@@ -100,6 +100,61 @@ pub fn start(
     Ok((job_tx, report_rx))
 }
 
+/// A guest's worker: a thread from the first job until it is let go, and again from the next job on. A guest that is only
+/// remembered has none.
+pub struct Hands {
+    name: String,
+    provider: Arc<dyn MemoryProvider>,
+    dump: Dump,
+    thread: Option<(mpsc::Sender<Job>, mpsc::Receiver<Report>)>,
+}
+
+impl std::fmt::Debug for Hands {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hands").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Hands {
+    /// Of the guest with this name; no thread yet.
+    pub fn new(name: &str, provider: Arc<dyn MemoryProvider>, dump: Dump) -> Self {
+        Self { name: name.to_owned(), provider, dump, thread: None }
+    }
+
+    /// Gives the thread a job when it has room for it. One that has ended shows as the end of its reports.
+    pub async fn give(&mut self, job: Job) {
+        let (jobs, _) = match &mut self.thread {
+            Some(thread) => thread,
+            // There is nothing to drop.
+            None if matches!(job, Job::DiscardEpoch | Job::DropImage) => return,
+            none => {
+                let started = start(&self.name, Arc::clone(&self.provider), self.dump.clone());
+                none.insert(started.unwrap_or_else(|error| {
+                    tracing::error!(guest = self.name, %error, "no thread for its image");
+                    (mpsc::channel(1).0, mpsc::channel(1).1)
+                }))
+            }
+        };
+        let _ = jobs.send(job).await;
+    }
+
+    /// The next report, `None` if the thread has ended by itself. Never ready without a thread.
+    ///
+    /// # Cancel safety
+    /// A receive, which loses nothing when dropped.
+    pub async fn report(&mut self) -> Option<Report> {
+        match &mut self.thread {
+            Some((_, reports)) => reports.recv().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Lets the thread do what it was given, and end. What it would report is lost.
+    pub fn rest(&mut self) {
+        self.thread = None;
+    }
+}
+
 struct Worker {
     provider: Arc<dyn MemoryProvider>,
     dump: Dump,
@@ -213,6 +268,42 @@ impl Worker {
                 None
             }
             Job::TakeImage => Some(Report::Image(self.image.clone())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::AnonymousMemory;
+    use std::time::{Duration, Instant};
+
+    /// Linux shows 15 bytes of a thread's name.
+    const THREAD: &str = "image resting";
+
+    fn threads() -> usize {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        let names = tasks.map(|task| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default());
+        names.filter(|name| name.trim() == THREAD).count()
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_is_only_remembered_has_no_thread() {
+        let mut hands = Hands::new("resting", Arc::new(AnonymousMemory), Dump::default());
+        hands.give(Job::DropImage).await;
+        hands.give(Job::DiscardEpoch).await;
+        assert_eq!(threads(), 0);
+        for _ in 0..2 {
+            hands.give(Job::TakeImage).await;
+            assert!(matches!(hands.report().await, Some(Report::Image(None))));
+            assert_eq!(threads(), 1);
+            hands.give(Job::DropImage).await;
+            hands.rest();
+            let end = Instant::now() + Duration::from_secs(60);
+            while threads() > 0 {
+                assert!(Instant::now() < end, "the thread is still there");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
         }
     }
 }

@@ -166,8 +166,14 @@ async fn the_admin_socket_answers_what_this_agent_does() {
     .await;
     assert_eq!((seen.state, seen.epochs_total, seen.full_copies_total), (GuestState::Standby, 2, 1));
     assert_eq!((seen.peer.as_str(), seen.qemu.as_str(), seen.dirty_pages_p50), ("alpha", "7.2.22", Some(1)));
-    let protect =
-        ProtectRequest { domain: "web".into(), to: "x".into(), epoch: None, insecure: true, ungated: false };
+    let protect = ProtectRequest {
+        domain: "web".into(),
+        to: "x".into(),
+        epoch: None,
+        insecure: true,
+        ungated: false,
+        goals: None,
+    };
     assert_eq!(admin.protect(protect).await.err().unwrap().code, "wrong-agent");
     let unprotect = UnprotectRequest { domain: "web".into() };
     assert_eq!(

@@ -310,6 +310,27 @@ async fn goodbye_discards_image_and_standby_but_not_the_generation() {
 }
 
 #[tokio::test]
+async fn a_guest_that_was_given_up_keeps_no_thread() {
+    let threads = || {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        let names = tasks.map(|task| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default());
+        names.filter(|name| name.trim() == "image given-up").count()
+    };
+    let backup = Backup::start().await;
+    let hello = Hello { guest_name: "given-up".into(), ..hello(1) };
+    let mut primary = Primary::connect(&backup, hello).await.unwrap();
+    primary.commit(&Epoch::new(at(1, 1), Full, &layout(&[2]), &[page(0, 0, 1)], b"d")).await;
+    assert_eq!(threads(), 1);
+    primary.send(PrimaryMessage::Goodbye(GoodbyeReason::Unprotected)).await;
+    assert_eq!(primary.answer().await, None);
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while threads() > 0 {
+        assert!(std::time::Instant::now() < end, "its thread is still there");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
 async fn a_name_means_the_guest_that_is_protected_now() {
     let backup = Backup::start().await;
     let epoch = Epoch::new(at(1, 1), Full, &layout(&[2]), &[page(0, 0, 1)], b"d");

@@ -3,6 +3,7 @@
 use clap::{Parser, Subcommand};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use understudy_proto::pace::EpochGoals;
 
 use understudy_responder::PORT as RESPONDER_PORT;
 use understudy_responder::frame::Mac;
@@ -37,6 +38,15 @@ pub(crate) enum Command {
     },
     /// Start a guest on this host from its last committed epoch. Run it on the backup host.
     Failover(FailoverArgs),
+    /// Move a protected guest to its backup as planned work, with nothing lost: it stands still for a moment, and goes on
+    /// there. Run it on the host the guest runs on.
+    Switchover(AboutArgs),
+    /// The same, if the backup is the host where the guest was protected first.
+    Failback(AboutArgs),
+    /// Show the last takeover of a guest to or from this host: why, from which epoch, and how long each part took.
+    Report(AboutArgs),
+    /// Show within which time a guest of this host is taken over when its primary fails, with the arithmetic.
+    Explain(AboutArgs),
     /// Show what the agents of this host know of their guests.
     ///
     /// With --json the answer is {"agents":{"primary":..,"backup":..},"guests":[..]}: for each agent "running" or
@@ -127,15 +137,63 @@ pub(crate) struct ProtectArgs {
     /// The backup host, as HOST or HOST:PORT (7420 if no port is given).
     #[arg(long, value_name = "HOST")]
     pub to: String,
-    /// How long the guest runs between two checkpoints.
-    #[arg(long, value_name = "MILLISECONDS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
-    pub epoch_ms: Option<u32>,
+    /// How long the guest runs between two checkpoints: a number, or `auto` for what fits the goals below best while
+    /// it runs (without any: what costs the guest a twentieth of its time at most).
+    #[arg(long, value_name = "MILLISECONDS|auto", value_parser = epoch_ms)]
+    pub epoch_ms: Option<EpochMs>,
+    /// The guest's output waits at most so long. Implies --epoch-ms auto, as the other goals do.
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub latency_goal: Option<u32>,
+    /// The guest stands still for at most so much of its time.
+    #[arg(long, value_name = "PERCENT", value_parser = permille)]
+    pub slowdown_goal: Option<u16>,
+    /// At most so much is sent to the backup.
+    #[arg(long, value_name = "MBIT/S")]
+    pub bandwidth_cap: Option<u32>,
     /// Replicate over plain TCP: whoever can read or change the network's traffic reads or changes the guest.
     #[arg(long)]
     pub insecure: bool,
     /// Let the guest's output through as it comes: after a failover clients may have seen what the guest never said.
     #[arg(long)]
     pub ungated: bool,
+}
+
+/// How long an epoch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EpochMs {
+    /// As long as the goals want it.
+    Auto,
+    /// Always so many milliseconds.
+    Fixed(u32),
+}
+
+impl ProtectArgs {
+    /// What epochs are to reach, if their length is to be found.
+    pub(crate) fn goals(&self) -> Option<EpochGoals> {
+        let goals = EpochGoals {
+            latency_ms: self.latency_goal,
+            slowdown_permille: self.slowdown_goal,
+            bandwidth_bytes: self.bandwidth_cap.map(|mbit| u64::from(mbit) * 1_000_000 / 8),
+        };
+        (self.epoch_ms == Some(EpochMs::Auto) || goals != EpochGoals::default()).then_some(goals)
+    }
+}
+
+fn epoch_ms(text: &str) -> Result<EpochMs, String> {
+    match text.parse() {
+        _ if text == "auto" => Ok(EpochMs::Auto),
+        Ok(ms @ 1..=60_000) => Ok(EpochMs::Fixed(ms)),
+        _ => Err("give 1 to 60000, or auto".to_owned()),
+    }
+}
+
+fn permille(text: &str) -> Result<u16, String> {
+    let tenths = text.trim_end_matches('%').parse::<f64>().ok().map(|percent| (percent * 10.0).round());
+    match tenths {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 900, whole")]
+        Some(tenths) if (1.0..=900.0).contains(&tenths) => Ok(tenths as u16),
+        _ => Err("give a percentage from 0.1 to 90".to_owned()),
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -146,6 +204,15 @@ pub(crate) struct FailoverArgs {
     #[arg(long)]
     pub i_have_fenced: bool,
     /// Print the report of the failover as JSON on standard output.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct AboutArgs {
+    /// Name or UUID of the domain.
+    pub domain: String,
+    /// As JSON.
     #[arg(long)]
     pub json: bool,
 }
@@ -188,9 +255,26 @@ mod tests {
         let Command::Protect(p) = args.command else { panic!("{args:?}") };
         assert_eq!(
             (p.domain.as_str(), p.to.as_str(), p.epoch_ms, p.insecure),
-            ("web", "beta:1", Some(25), true)
+            ("web", "beta:1", Some(EpochMs::Fixed(25)), true)
         );
+        assert_eq!(p.goals(), None);
         assert_eq!(args.run_dir, PathBuf::from("/run/understudy"));
+    }
+
+    #[test]
+    fn goals_leave_the_length_of_epochs_open() {
+        let goals = |more: &[&str]| {
+            let line = ["understudy", "protect", "web", "--to", "beta"].iter().chain(more);
+            let Command::Protect(p) = Args::try_parse_from(line).unwrap().command else { panic!("{more:?}") };
+            p.goals()
+        };
+        let none = EpochGoals::default();
+        assert_eq!(goals(&["--epoch-ms", "auto"]), Some(none));
+        assert_eq!(goals(&["--latency-goal", "20"]), Some(EpochGoals { latency_ms: Some(20), ..none }));
+        let slowdown = Some(EpochGoals { slowdown_permille: Some(25), ..none });
+        assert_eq!(goals(&["--slowdown-goal", "2.5%", "--epoch-ms", "auto"]), slowdown);
+        let capped = Some(EpochGoals { bandwidth_bytes: Some(125_000_000), ..none });
+        assert_eq!(goals(&["--bandwidth-cap", "1000", "--epoch-ms", "50"]), capped);
     }
 
     #[test]
@@ -201,7 +285,11 @@ mod tests {
             &["understudy", "protect", "--to", "beta"],
             &["understudy", "protect", "web", "--to", "beta", "--epoch-ms", "0"],
             &["understudy", "protect", "web", "--to", "beta", "--epoch-ms", "60001"],
+            &["understudy", "protect", "web", "--to", "beta", "--epoch-ms", "soon"],
+            &["understudy", "protect", "web", "--to", "beta", "--slowdown-goal", "0"],
             &["understudy", "failover"],
+            &["understudy", "switchover"],
+            &["understudy", "report", "--json"],
             &["understudy", "unprotect"],
         ] {
             assert!(Args::try_parse_from(line).is_err(), "{line:?}");

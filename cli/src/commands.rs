@@ -1,6 +1,6 @@
 //! The commands that change something.
 
-use crate::args::{FailoverArgs, ProtectArgs};
+use crate::args::{EpochMs, FailoverArgs, ProtectArgs};
 use crate::progress::Display;
 use std::path::Path;
 use std::time::Duration;
@@ -14,7 +14,11 @@ pub(crate) async fn protect(run_dir: &Path, args: &ProtectArgs) -> Result<(), Fa
     let request = ProtectRequest {
         domain: args.domain.clone(),
         to: args.to.clone(),
-        epoch: args.epoch_ms.map(|ms| Duration::from_millis(ms.into())),
+        epoch: match args.epoch_ms {
+            Some(EpochMs::Fixed(ms)) => Some(Duration::from_millis(ms.into())),
+            Some(EpochMs::Auto) | None => None,
+        },
+        goals: args.goals(),
         insecure: args.insecure,
         ungated: args.ungated,
     };
@@ -43,6 +47,10 @@ pub(crate) async fn unprotect(run_dir: &Path, domain: &str) -> Result<(), Failur
 
 /// `understudy failover`.
 pub(crate) async fn failover(run_dir: &Path, args: &FailoverArgs) -> Result<(), Failure> {
+    // Where a watchdog keeps the guest, the arbiter decides, unless the operator knows better.
+    if !args.i_have_fenced && crate::owner::failover(run_dir, args).await?.is_some() {
+        return Ok(());
+    }
     let mut agent =
         connect(run_dir, transport::BACKUP_SOCKET, "understudy-backup").await.map_err(|failure| {
             let remedy = format!("run this on the backup host; if this is it: {}", failure.remedy);

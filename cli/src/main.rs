@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod generate;
 mod hook;
+mod owner;
 mod progress;
 mod status;
 mod verify;
@@ -13,6 +14,7 @@ use args::{Args, Command};
 use clap::Parser;
 use std::process::ExitCode;
 use understudy_proto::rpc::Failure;
+use understudy_proto::rpc::owner::Question;
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -41,6 +43,10 @@ async fn run(args: &Args) -> Result<(), Failure> {
         Command::Protect(a) => commands::protect(sockets, a).await,
         Command::Unprotect { domain } => commands::unprotect(sockets, domain).await,
         Command::Failover(a) => commands::failover(sockets, a).await,
+        Command::Switchover(a) => owner::ask(sockets, Question::Switchover, a).await,
+        Command::Failback(a) => owner::ask(sockets, Question::Failback, a).await,
+        Command::Report(a) => owner::ask(sockets, Question::Report, a).await,
+        Command::Explain(a) => owner::ask(sockets, Question::Explain, a).await,
         Command::Status(a) => status::status(sockets, a).await,
         Command::Verify(a) => verify::verify(a).await,
         Command::Respond(a) => verify::respond(a).await,

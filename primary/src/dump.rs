@@ -1,14 +1,16 @@
 //! Test hook: what QEMU has in memory at a stop, to compare it with what the backup has committed.
 //!
-//! Every RAM block is read whole from QEMU's address space (`/proc/PID/mem`), because much of it cannot be reached by
-//! guest-physical addresses: the ACPI tables, option ROMs, a shadowed part of low memory. Where a block lies is told
-//! by `info ramblock` (QEMU 8 and newer), or found by its size: every block is a mapping of its own with a guard page
-//! behind it, and of several of the same size the one made first lies highest. What *is* mapped in guest-physical
-//! space QEMU is made to dump as well (`pmemsave`), and both must agree byte for byte, or the dump fails.
+//! What is mapped in guest-physical space as it is QEMU is made to dump (`pmemsave`): nearly all of the guest's RAM, and
+//! its video memory. Much cannot be reached so: the ACPI tables, option ROMs, a shadowed part of low memory. It is read
+//! from QEMU's address space (`/proc/PID/mem`). Where a block lies there is told by `info ramblock` (QEMU 8 and newer),
+//! or found by its size: every block is a mapping of its own with a guard page behind it, and of several of the same
+//! size the one made first lies highest. Wherever parts of what was read are mapped, QEMU dumps those as well, and both
+//! must agree byte for byte, or the dump fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -20,6 +22,9 @@ use crate::agent::Barrier;
 
 /// Read and compared at once.
 const CHUNK_BYTES: u64 = 4 << 20;
+
+/// Blocks are cut here.
+const CUT: u64 = 1 << 20;
 
 /// Bytes of the guard page behind every block.
 const GUARD_BYTES: u64 = 4096;
@@ -43,7 +48,7 @@ struct Mapped {
     offset: u64,
 }
 
-/// Dumps the guest at `epochs` into `folder/primary-EPOCH/BLOCK.bin`.
+/// Dumps the guest at `epochs` into `folder/primary-EPOCH/BLOCK@OFFSET.bin`.
 pub fn barrier(domain: Domain, folder: PathBuf, epochs: Vec<u64>) -> Barrier {
     let epochs: BTreeSet<u64> = epochs.into_iter().collect();
     Box::new(move |epoch| {
@@ -69,17 +74,31 @@ fn dump(domain: &Domain, target: &Path) -> Result<()> {
     let mut blocks = parse_ramblocks(&hmp(domain, "info ramblock")?)?;
     locate(&mut blocks, &parse_maps(&maps))?;
     let mut memory = File::open(format!("/proc/{pid}/mem")).context("cannot open QEMU's memory")?;
-    for block in &blocks {
-        let path = partial.join(file_name(&block.name));
-        let address = block.host_address.with_context(|| format!("{} was not found", block.name))?;
-        memory.seek(SeekFrom::Start(address))?;
-        let copied = std::io::copy(&mut (&mut memory).take(block.used_bytes), &mut File::create(&path)?)?;
-        ensure!(copied == block.used_bytes, "{}: {copied} of {} bytes", block.name, block.used_bytes);
-    }
+    let view = parse_flat_view(&hmp(domain, "info mtree -f")?);
     let scratch = partial.join("pmemsave");
-    for part in parse_flat_view(&hmp(domain, "info mtree -f")?) {
-        if let Some(block) = owner(&blocks, &part) {
-            compare(domain, &partial, &scratch, block, &part)?;
+    for block in &blocks {
+        let address = block.host_address.with_context(|| format!("{} was not found", block.name))?;
+        for piece in pieces(block.used_bytes) {
+            let file = partial.join(file_name(&block.name, piece.start));
+            let mapped = mapped(&blocks, &view, block, &piece);
+            if let [(physical, shown)] = mapped.as_slice()
+                && *shown == piece
+            {
+                // All of it can be had from QEMU itself.
+                save(domain, *physical, shown, &file)?;
+                continue;
+            }
+            let bytes = piece.end - piece.start;
+            memory.seek(SeekFrom::Start(address + piece.start))?;
+            let copied = std::io::copy(&mut (&mut memory).take(bytes), &mut File::create(&file)?)?;
+            ensure!(copied == bytes, "{}: {copied} of {bytes} bytes", block.name);
+            for (physical, shown) in mapped {
+                save(domain, physical, &shown, &scratch)?;
+                let at = shown.start - piece.start;
+                compare(&scratch, &file, at, shown.end - shown.start)
+                    .with_context(|| format!("{} from {:#x}", block.name, shown.start))?;
+                fs::remove_file(&scratch)?;
+            }
         }
     }
     // A second protection counts its epochs from the beginning; the last one counts.
@@ -87,14 +106,36 @@ fn dump(domain: &Domain, target: &Path) -> Result<()> {
     fs::rename(&partial, target).with_context(|| format!("cannot make {}", target.display()))
 }
 
-/// What QEMU saves of a mapped part must equal what was read.
-fn compare(domain: &Domain, folder: &Path, scratch: &Path, block: &Block, part: &Mapped) -> Result<()> {
-    let bytes = part.bytes.min(block.used_bytes.saturating_sub(part.offset));
-    let _ = fs::remove_file(scratch);
-    domain.execute("pmemsave", json!({"val": part.address, "size": bytes, "filename": scratch}))?;
-    let mut saved = File::open(scratch)?;
-    let mut read = File::open(folder.join(file_name(&block.name)))?;
-    read.seek(SeekFrom::Start(part.offset))?;
+/// A block in parts, of which each gets a file: it is below the first MiB that not all of RAM is mapped as it is. The
+/// backup cuts its dumps in the same way.
+fn pieces(bytes: u64) -> impl Iterator<Item = Range<u64>> {
+    [0..bytes.min(CUT), CUT..bytes].into_iter().filter(|piece| piece.start < piece.end)
+}
+
+/// The parts of the piece of a block that are mapped: their guest-physical address, and where they lie in the block.
+fn mapped(blocks: &[Block], view: &[Mapped], block: &Block, piece: &Range<u64>) -> Vec<(u64, Range<u64>)> {
+    let part = |part: &Mapped| {
+        (owner(blocks, part)? == block).then_some(())?;
+        let shown = part.offset.max(piece.start)..(part.offset.saturating_add(part.bytes)).min(piece.end);
+        (shown.start < shown.end).then(|| (part.address + (shown.start - part.offset), shown))
+    };
+    view.iter().filter_map(part).collect()
+}
+
+/// Has QEMU save memory, which is never a device's: reading that may change it.
+fn save(domain: &Domain, physical: u64, range: &Range<u64>, file: &Path) -> Result<()> {
+    let bytes = range.end - range.start;
+    let _ = fs::remove_file(file);
+    domain.execute("pmemsave", json!({"val": physical, "size": bytes, "filename": file}))?;
+    let saved = fs::metadata(file)?.len();
+    ensure!(saved == bytes, "QEMU saved {saved} of {bytes} bytes at {physical:#x}");
+    Ok(())
+}
+
+/// What QEMU has saved must equal what was read, from there on.
+fn compare(saved: &Path, read: &Path, at: u64, bytes: u64) -> Result<()> {
+    let (mut saved, mut read) = (File::open(saved)?, File::open(read)?);
+    read.seek(SeekFrom::Start(at))?;
     let (mut left, mut a, mut b) = (bytes, Vec::new(), Vec::new());
     while left > 0 {
         let chunk = left.min(CHUNK_BYTES);
@@ -104,18 +145,16 @@ fn compare(domain: &Domain, folder: &Path, scratch: &Path, block: &Block, part: 
         (&mut read).take(chunk).read_to_end(&mut b)?;
         ensure!(
             a == b && a.len() as u64 == chunk,
-            "{} at {:#x}: QEMU's own dump differs from its memory",
-            block.name,
-            part.offset + bytes - left
+            "at {:#x}: QEMU's own dump differs from its memory",
+            bytes - left
         );
         left -= chunk;
     }
-    fs::remove_file(scratch)?;
     Ok(())
 }
 
-fn file_name(block: &str) -> String {
-    format!("{}.bin", block.replace('/', "_"))
+fn file_name(block: &str, offset: u64) -> String {
+    format!("{}@{offset:x}.bin", block.replace('/', "_"))
 }
 
 fn hmp(domain: &Domain, command: &str) -> Result<String> {
@@ -280,6 +319,34 @@ mod tests {
         assert_eq!(found, wanted);
         let mut again = parse_ramblocks(RAMBLOCKS_7_2).unwrap();
         assert!(locate(&mut again, &parse_maps("")).unwrap_err().to_string().contains("pc.ram"));
+    }
+
+    #[test]
+    fn what_is_mapped_as_it_is_comes_from_qemu() {
+        let block = |name: &str, used_bytes| Block {
+            name: name.into(),
+            offset: 0,
+            used_bytes,
+            total_bytes: used_bytes,
+            host_address: Some(0),
+        };
+        let blocks = [block("pc.ram", 0x500_0000), block("pc.bios", 0x4_0000)];
+        let part = |address, bytes, name: &str, offset| Mapped { address, bytes, name: name.into(), offset };
+        let view = [
+            part(0, 0xa_0000, "pc.ram", 0),
+            part(0xe_0000, 0x2_0000, "pc.bios", 0x2_0000),
+            part(0x10_0000, 0x4f0_0000, "pc.ram", 0x10_0000),
+            part(0xfffc_0000, 0x4_0000, "pc.bios", 0),
+        ];
+        let of = |block: &Block| -> Vec<_> {
+            pieces(block.used_bytes)
+                .map(|piece| (piece.clone(), mapped(&blocks, &view, block, &piece)))
+                .collect()
+        };
+        let (low, high, bios) = (0..CUT, CUT..0x500_0000, 0..0x4_0000);
+        assert_eq!(of(&blocks[0]), [(low, vec![(0, 0..0xa_0000)]), (high.clone(), vec![(0x10_0000, high)])]);
+        let both = vec![(0xe_0000, 0x2_0000..0x4_0000), (0xfffc_0000, bios.clone())];
+        assert_eq!(of(&blocks[1]), [(bios, both)]);
     }
 
     #[test]

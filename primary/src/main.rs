@@ -12,10 +12,11 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use understudy_primary::admin::Admin;
-use understudy_primary::agent::Agent;
+use understudy_primary::agent::{Agent, Handover};
 use understudy_primary::config::Config;
 use understudy_primary::life::SignOfLife;
 use understudy_primary::metadata;
+use understudy_proto::rpc::owner::with_handover;
 use understudy_proto::rpc::{admin_routes, transport};
 
 /// As in sysexits.h: the command was used incorrectly.
@@ -65,6 +66,7 @@ async fn serve(config: Config) -> Result<()> {
     tokio::spawn(metadata::serve_hooks(hooks, agent.config.clone()));
 
     let routes = admin_routes(Arc::new(Admin::new(Arc::clone(&agent))));
+    let routes = with_handover(routes, Arc::new(Handover(Arc::clone(&agent))));
     let serving =
         transport::server().add_routes(routes).serve_with_incoming(UnixListenerStream::new(listener));
     let working = async {

@@ -83,6 +83,7 @@ pub async fn examine(
         epoch_ms: u32::try_from(epoch.as_millis()).unwrap_or(u32::MAX),
         generation,
         ungated: request.ungated,
+        goals: request.goals,
     };
     let plan = plan(agent, &wanted, facts, true)?;
     Ok((wanted, plan))
@@ -349,6 +350,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
         settings: Settings {
             generation: wanted.generation,
             epoch: Duration::from_millis(wanted.epoch_ms.into()),
+            goals: wanted.goals,
             floor: Duration::from_millis(agent.config.output_floor_ms.into()),
             attended,
             // No agent opens a stream every microsecond, so a later agent begins above an earlier one.

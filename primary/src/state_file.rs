@@ -97,6 +97,7 @@ mod tests {
             epoch_ms: 100,
             generation: Generation(2),
             ungated: false,
+            goals: None,
         }]
     }
 

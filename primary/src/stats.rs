@@ -21,6 +21,11 @@ impl<T: Ord + Copy> Recent<T> {
         self.0.push_back(value);
     }
 
+    /// The newest one.
+    pub fn newest(&self) -> Option<T> {
+        self.0.back().copied()
+    }
+
     /// Median and 99th percentile, by nearest rank; `None` before the first value.
     pub fn quantiles(&self) -> Option<(T, T)> {
         let mut sorted: Vec<T> = self.0.iter().copied().collect();
@@ -47,6 +52,11 @@ impl PauseMeter {
         // The last one's events are here by now, or lost.
         self.expected = 1;
         self.stopped_at = None;
+    }
+
+    /// What the last checkpoint took; `None` while its events are not here.
+    pub fn last(&self) -> Option<Duration> {
+        self.pauses.newest().filter(|_| self.expected == 0)
     }
 
     /// Takes an event of QEMU. Stops that are nobody's checkpoint do not count.

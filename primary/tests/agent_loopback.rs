@@ -113,14 +113,17 @@ async fn a_superseded_guest_is_paused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_backup_hears_of_an_orderly_end_and_not_of_a_crash() {
-    for (detail, goodbyes) in [("shutdown", vec![GoodbyeReason::Ended]), ("crashed", vec![])] {
+    for (detail, goodbyes, kind) in [
+        ("shutdown", vec![GoodbyeReason::Ended], OutcomeKind::Ended),
+        ("crashed", vec![], OutcomeKind::Crashed),
+    ] {
         let (guest, backup) = (FakeGuest::new(), StubBackup::listen().await);
         let handle = start(&guest, &backup).await;
         eventually("epochs", || backup.committed() >= Some(3)).await;
         let stopped = DomainEvent::Lifecycle { kind: Lifecycle::Stopped, detail: detail.to_owned() };
         guest.event(stopped);
-        assert_eq!(fake::end(&handle).await.kind, OutcomeKind::Ended);
+        assert_eq!(fake::end(&handle).await.kind, kind);
         assert_eq!(backup.goodbyes(), goodbyes, "{detail}");
-        assert_eq!(handle.snapshot.borrow().status().state, GuestState::Ended);
+        assert_eq!(handle.snapshot.borrow().status().state, kind.state());
     }
 }

@@ -12,7 +12,7 @@
 //! | 8 | last committed epoch known |
 //! | 4 | age of QEMU's last sign of life in milliseconds; all ones: no QEMU of the guest is here |
 //! | 16 | life of the backup agent that holds an image; zeros: there is none |
-//! | 1 | flags: 1 the guest was ended by its operator |
+//! | 1 | flags: 1 the guest was ended by its operator; 2 the sender hands it over; 4 its QEMU died at the sender |
 //! | 1 | bytes of the host name |
 //! | n | host name of the sender, UTF-8 |
 //! | 4 | CRC-32 of everything before |
@@ -35,6 +35,8 @@ const FIXED_BYTES: usize = 8 + 4 + 16 + 5 * 8 + 4 + 16 + 1 + 1;
 const CRC_BYTES: usize = 4;
 const NO_QEMU: u32 = u32::MAX;
 const ENDED: u8 = 1;
+const YIELDS: u8 = 2;
+const CRASHED: u8 = 4;
 
 /// A heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +61,10 @@ pub struct Heartbeat {
     pub image: Option<Incarnation>,
     /// The guest was shut down, or its protection ended: its absence is no failure.
     pub ended: bool,
+    /// The guest stands still here, up to `epoch`, for the other host to take it over.
+    pub yields: bool,
+    /// Its QEMU at the sender has died and nobody has ended the guest.
+    pub crashed: bool,
 }
 
 impl Heartbeat {
@@ -80,7 +86,8 @@ impl Heartbeat {
         }
         bytes.extend_from_slice(&age.to_le_bytes());
         bytes.extend_from_slice(self.image.map_or(uuid::Uuid::nil(), |life| life.0).as_bytes());
-        bytes.push(if self.ended { ENDED } else { 0 });
+        let flags = [(self.ended, ENDED), (self.yields, YIELDS), (self.crashed, CRASHED)];
+        bytes.push(flags.iter().map(|(set, flag)| u8::from(*set) * flag).sum());
         bytes.push(u8::try_from(self.host.len()).unwrap_or(u8::MAX));
         bytes.extend_from_slice(self.host.as_bytes());
         bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
@@ -110,7 +117,7 @@ impl Heartbeat {
         let age = u32::from_le_bytes(rest.take()?);
         let image = uuid::Uuid::from_bytes(rest.take()?);
         let [flags, len] = rest.take()?;
-        if flags & !ENDED != 0 {
+        if flags & !(ENDED | YIELDS | CRASHED) != 0 {
             return Err(invalid(format!("has the flags {flags:#x}")));
         }
         let expected = FIXED_BYTES + usize::from(len) + CRC_BYTES;
@@ -134,6 +141,8 @@ impl Heartbeat {
             qemu_age: (age != NO_QEMU).then(|| Duration::from_millis(age.into())),
             image: (!image.is_nil()).then_some(Incarnation(image)),
             ended: flags & ENDED != 0,
+            yields: flags & YIELDS != 0,
+            crashed: flags & CRASHED != 0,
         })
     }
 }
@@ -167,6 +176,8 @@ mod tests {
             qemu_age: Some(Duration::from_millis(12)),
             image: Some(Incarnation(uuid::Uuid::from_u128(3))),
             ended: true,
+            yields: false,
+            crashed: true,
         }
     }
 
@@ -179,6 +190,10 @@ mod tests {
                 assert!(bytes.len() <= MAX_BYTES);
                 assert_eq!(Heartbeat::decode(&bytes).unwrap(), sent);
             }
+        }
+        for (ended, yields, crashed) in [(false, true, false), (true, true, true), (false, false, false)] {
+            let sent = Heartbeat { ended, yields, crashed, ..heartbeat() };
+            assert_eq!(Heartbeat::decode(&sent.encode().unwrap()).unwrap(), sent);
         }
         // Never taken for "no QEMU".
         let old = Heartbeat { qemu_age: Some(Duration::MAX), ..heartbeat() };

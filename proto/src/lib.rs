@@ -17,6 +17,7 @@ pub mod layout;
 pub mod limits;
 pub mod negotiate;
 pub mod ownership;
+pub mod pace;
 pub mod protected;
 pub mod qemu;
 #[cfg(feature = "rpc")]

@@ -22,6 +22,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Generation, GuestId};
+use crate::pace::EpochGoals;
 
 /// Name of the state file, in the state directory.
 pub const STATE_FILE: &str = "primary.state";
@@ -59,6 +60,9 @@ pub struct ProtectedGuest {
     /// Its output is let through as it comes.
     #[serde(default)]
     pub ungated: bool,
+    /// Its epochs have the length that fits these goals.
+    #[serde(default)]
+    pub goals: Option<EpochGoals>,
 }
 
 fn yes() -> bool {
@@ -132,6 +136,7 @@ mod tests {
             epoch_ms: 100,
             generation: Generation(2),
             ungated: false,
+            goals: Some(EpochGoals { slowdown_permille: Some(50), ..EpochGoals::default() }),
         }]
     }
 

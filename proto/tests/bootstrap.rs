@@ -3,10 +3,11 @@
 
 use std::path::Path;
 
-const PROTOS: [&str; 3] = [
+const PROTOS: [&str; 4] = [
     "understudy/epoch/v1/epoch.proto",
     "understudy/admin/v1/admin.proto",
     "understudy/witness/v1/witness.proto",
+    "understudy/owner/v1/owner.proto",
 ];
 
 #[test]

@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: builds a measurement in release mode and runs it.
 
+mod failover;
+
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
@@ -12,6 +14,10 @@ use crate::workspace;
 pub(crate) enum Bench {
     /// How long a checkpoint keeps a guest stopped, beside stock COLO
     Pause,
+    /// What protection costs a guest that works all the time, beside stock COLO
+    Slowdown,
+    /// How near the autopilot comes to the best fixed length of epochs
+    Autopilot,
     /// Bytes of generated epochs on the wire
     Wire,
     /// What encoding a page costs
@@ -22,18 +28,25 @@ pub(crate) enum Bench {
     Latency,
     /// How long a promotion takes to load a guest, and the backup's memory
     Load,
+    /// How long failovers in the lab take, part by part
+    Failover,
 }
 
 /// Runs one; `more` goes to it as it is.
 pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Result<i32> {
+    if bench == Bench::Failover {
+        return failover::run(json.as_deref(), more);
+    }
     if bench == Bench::Latency {
         return crate::scenarios::latency::run(json.as_deref());
     }
     let mut cargo = workspace::cargo();
     cargo.args(["run", "--locked", "--release", "-p"]);
     let name = match bench {
-        Bench::Load | Bench::Latency => None,
+        Bench::Load | Bench::Failover | Bench::Latency => None,
         Bench::Pause => Some("pause"),
+        Bench::Slowdown => Some("slowdown"),
+        Bench::Autopilot => Some("autopilot"),
         Bench::Wire => Some("wire"),
         Bench::Codec => Some("codec"),
         Bench::Memory => Some("memory"),

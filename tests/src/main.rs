@@ -29,7 +29,11 @@ struct Xtask {
 #[derive(Subcommand)]
 enum Command {
     /// Installs the Debian packages that are missing, after saying which
-    Setup,
+    Setup {
+        /// Makes the tree of a root of the lab as well
+        #[command(flatten)]
+        root: lab::cli::RootArg,
+    },
     /// Runs the tests, all of them or some groups
     Test {
         /// Only this group; may be given several times
@@ -127,7 +131,7 @@ fn as_helper() -> Option<Helper> {
 
 fn run(command: Command) -> Result<i32> {
     match command {
-        Command::Setup => setup::ensure().map(|()| 0),
+        Command::Setup { root } => setup::ensure().and_then(|()| assets::prepare(root.roots())).map(|()| 0),
         Command::Test { only, scenario, root } => testing::run(&only, &scenario, root.roots()),
         Command::Campaign { name } => testing::campaign(name),
         Command::Sim { seeds, start } => testing::sim::run(start, seeds),

@@ -1,6 +1,10 @@
 //! How long it takes until a guest runs again: the sum of what can happen on the way.
 
+mod failover;
+
 use std::time::Duration;
+
+pub use failover::{FailoverBound, Limits, Part, failover};
 
 /// The sign of life is looked at this often; usually the end of the process wakes the supervisor before.
 pub const NOTICE: Duration = Duration::from_millis(50);

@@ -2,14 +2,17 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
+use crate::arbiter::FenceCommand;
 use crate::bound;
 use crate::owner::{LostBackup, Policies, QemuCrash, Timing};
 
-/// Lets guests run that a primary agent of this host has left stopped, because it died or hangs.
+/// Lets guests run that a primary agent of this host has left stopped, because it died or hangs; with --peer, promotes
+/// and protects them again without anybody.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "understudy-watchdog", version, after_help = bound::explain())]
 pub struct Config {
@@ -55,6 +58,39 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value_t = 1500)]
     pub suspect_after_ms: u64,
 
+    /// Silence after which a QEMU whose host is heard counts as hung, in milliseconds.
+    #[arg(long, value_name = "N", default_value_t = 5000)]
+    pub qemu_silent_ms: u64,
+
+    /// How long the load of a claimed guest may take, in milliseconds; then the claim is given back.
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub load_limit_ms: u64,
+
+    /// A backup for a guest that runs alone after a failover; may be given several times. The hosts of --peer if left out.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub spare: Vec<String>,
+
+    /// Leave a guest that runs alone after a failover alone, until an operator protects it.
+    #[arg(long, conflicts_with = "spare")]
+    pub no_reprotect: bool,
+
+    /// Protect it again over plain TCP, as with `understudy protect --insecure`.
+    #[arg(long)]
+    pub insecure: bool,
+
+    /// When the arbiter and the other host are both silent: the program that switches the other host off, called as fence
+    /// agents are. Its success is the licence to start the guest here. Only with --on-lost-backup hold, on both hosts.
+    #[arg(long, value_name = "PROGRAM", requires = "peer")]
+    pub fence: Option<PathBuf>,
+
+    /// The fencing program's options, KEY=VALUE a line; `action` is given by the watchdog.
+    #[arg(long, value_name = "FILE", requires = "fence")]
+    pub fence_options: Option<PathBuf>,
+
+    /// How long the fencing program may take, in milliseconds; beyond that it has not succeeded.
+    #[arg(long, value_name = "N", default_value_t = 60_000)]
+    pub fence_timeout_ms: u64,
+
     /// Serve as witness on this address, and do nothing else.
     #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["peer", "witness_at"])]
     pub witness: Option<SocketAddr>,
@@ -93,6 +129,13 @@ pub enum OnQemuCrash {
 /// Below this an ordinary pause of a busy host could be taken for a death; above it nobody would wait.
 const SUSPECT_AFTER_MS: std::ops::RangeInclusive<u64> = 300..=600_000;
 
+/// A warm standby takes milliseconds. Longer than the most, and a loaded guest would no longer be waited for: the backup
+/// agent gives up after a minute.
+const LOAD_LIMIT_MS: std::ops::RangeInclusive<u64> = 1000..=40_000;
+
+/// The other host takes a guest back that is claimed and not confirmed for so long after a load may have failed.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Below this an ordinary stop could be taken for one that hangs.
 const MIN_HUNG_AFTER_MS: u64 = 1000;
 /// A day. A guest stopped for longer than that is nobody's whose agent matters.
@@ -130,7 +173,52 @@ impl Config {
     /// How long things may take. The backup is suspected in two thirds of the time the primary is.
     pub fn timing(&self) -> Timing {
         let primary_silent = Duration::from_millis(self.suspect_after_ms);
-        Timing { primary_silent, backup_silent: primary_silent * 2 / 3, ..Timing::default() }
+        Timing {
+            primary_silent,
+            backup_silent: primary_silent * 2 / 3,
+            qemu_silent: Duration::from_millis(self.qemu_silent_ms),
+            claim_patience: self.load_limit() + PATIENCE,
+            ..Timing::default()
+        }
+    }
+
+    /// How long a load may take.
+    pub fn load_limit(&self) -> Duration {
+        Duration::from_millis(self.load_limit_ms)
+    }
+
+    /// What switches the other host off, if that is configured. Blocks for a moment.
+    ///
+    /// # Errors
+    /// If the options cannot be used. They may hold passwords, and are not quoted.
+    pub fn fence(&self) -> Result<Option<Arc<FenceCommand>>, String> {
+        let Some(program) = self.fence.clone() else { return Ok(None) };
+        let mut options = Vec::new();
+        if let Some(file) = &self.fence_options {
+            let named = |reason: String| format!("--fence-options {}: {reason}", file.display());
+            let text = std::fs::read_to_string(file).map_err(|error| named(error.to_string()))?;
+            for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+                let (key, value) = line
+                    .split_once('=')
+                    .ok_or_else(|| named(format!("line {} is no KEY=VALUE", number + 1)))?;
+                options.push((key.trim().to_owned(), value.trim().to_owned()));
+            }
+        }
+        let timeout = Duration::from_millis(self.fence_timeout_ms);
+        Ok(Some(Arc::new(FenceCommand { program, options, timeout })))
+    }
+
+    /// Who is asked to protect a guest that runs alone.
+    pub fn spares(&self) -> Vec<String> {
+        if self.no_reprotect {
+            return Vec::new();
+        }
+        if !self.spare.is_empty() {
+            return self.spare.clone();
+        }
+        let mut hosts: Vec<String> = self.peer.iter().map(|peer| peer.ip().to_string()).collect();
+        hosts.dedup();
+        hosts
     }
 
     /// Everything that is wrong with it, one sentence each.
@@ -153,6 +241,21 @@ impl Config {
         if !SUSPECT_AFTER_MS.contains(&self.suspect_after_ms) {
             let (from, to) = (SUSPECT_AFTER_MS.start(), SUSPECT_AFTER_MS.end());
             mistakes.push(format!("--suspect-after-ms is {}: give {from} to {to}", self.suspect_after_ms));
+        }
+        if !SUSPECT_AFTER_MS.contains(&self.qemu_silent_ms) {
+            let (from, to) = (SUSPECT_AFTER_MS.start(), SUSPECT_AFTER_MS.end());
+            mistakes.push(format!("--qemu-silent-ms is {}: give {from} to {to}", self.qemu_silent_ms));
+        }
+        if self.fence.is_some() && self.on_lost_backup == OnLostBackup::Solo {
+            mistakes.push(
+                "--fence is given with --on-lost-backup solo: a primary that went on alone has let out what no backup \
+                 holds; use hold, on both hosts"
+                    .to_owned(),
+            );
+        }
+        if !LOAD_LIMIT_MS.contains(&self.load_limit_ms) {
+            let (from, to) = (LOAD_LIMIT_MS.start(), LOAD_LIMIT_MS.end());
+            mistakes.push(format!("--load-limit-ms is {}: give {from} to {to}", self.load_limit_ms));
         }
         if let Err(error) = self.log.parse::<tracing_subscriber::EnvFilter>() {
             mistakes.push(format!("--log is {:?}: {error}", self.log));
@@ -186,7 +289,41 @@ mod tests {
         assert_eq!(parse(&["--witness-at", "w"]).unwrap(), (false, 1));
         assert_eq!(parse(&["--peer", "10.0.0.2:7422", "--witness-at", "w"]).unwrap(), (true, 0));
         assert_eq!(parse(&["--suspect-after-ms", "10"]).unwrap().1, 1);
+        assert_eq!(parse(&["--qemu-silent-ms", "10", "--load-limit-ms", "60000"]).unwrap().1, 2);
         assert!(parse(&["--witness", "0.0.0.0:7421", "--peer", "10.0.0.2:7422"]).is_err());
+    }
+
+    #[test]
+    fn a_guest_alone_is_protected_by_the_peer_unless_others_are_named() {
+        let spares = |args: &[&str]| {
+            let config = Config::try_parse_from(["understudy-watchdog"].iter().chain(args)).unwrap();
+            config.spares()
+        };
+        let peers = ["--peer", "10.0.0.2:7422", "--peer", "[fe80::2]:7422", "--witness-at", "w"];
+        assert_eq!(spares(&peers), ["10.0.0.2", "fe80::2"]);
+        assert_eq!(spares(&[&peers[..], &["--spare", "c", "--spare", "d:9"]].concat()), ["c", "d:9"]);
+        assert_eq!(spares(&[&peers[..], &["--no-reprotect"]].concat()), [""; 0]);
+    }
+
+    #[test]
+    fn fencing_is_for_pairs_that_hold_and_its_options_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("options");
+        let parse = |more: &[&str]| {
+            let args = ["understudy-watchdog", "--peer", "10.0.0.2:7422", "--witness-at", "w"];
+            Config::try_parse_from(args.iter().chain(more)).unwrap()
+        };
+        let options = file.to_str().unwrap();
+        std::fs::write(&file, "ip=bmc\n\npassword = a=b\n").unwrap();
+        let config = parse(&["--fence", "/usr/sbin/fence_ipmilan", "--fence-options", options]);
+        assert_eq!(config.mistakes(), Vec::<String>::new());
+        let expected = [("ip".to_owned(), "bmc".to_owned()), ("password".to_owned(), "a=b".to_owned())];
+        assert_eq!(config.fence().unwrap().unwrap().options, expected);
+        std::fs::write(&file, "ip=bmc\nsecret\n").unwrap();
+        let error = config.fence().unwrap_err();
+        assert!(error.contains("line 2") && !error.contains("secret"), "{error}");
+        assert_eq!(parse(&["--fence", "f", "--on-lost-backup", "solo"]).mistakes().len(), 1);
+        assert!(parse(&[]).fence().unwrap().is_none());
     }
 
     #[test]

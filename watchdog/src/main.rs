@@ -10,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 use understudy_watchdog::arbiter::WitnessArbiter;
 use understudy_watchdog::bound;
 use understudy_watchdog::config::Config;
-use understudy_watchdog::keeper::{self, AgentHost, Paths, Settings};
+use understudy_watchdog::keeper::{self, AgentHost, Asked, Paths, Reports, Settings};
 use understudy_watchdog::monitor::Libvirt;
 use understudy_watchdog::supervisor::Supervisor;
 use understudy_watchdog::witness;
@@ -93,15 +93,29 @@ fn keep_guests(config: &Config, libvirt: Arc<Libvirt>) -> Result<(), String> {
         state_dir: config.state_dir.clone(),
         uri: libvirt.uri.clone(),
         monitors: libvirt,
+        load_limit: config.load_limit(),
+        insecure: config.insecure,
+        asked: Asked::default(),
     };
-    let settings = Settings { host: name, policies: config.policies(), timing: config.timing() };
+    let settings = Settings {
+        host: name,
+        policies: config.policies(),
+        timing: config.timing(),
+        limits: bound::Limits { arbiter: WITNESS_ANSWER, load: config.load_limit() },
+        fence: config.fence()?,
+        spares: config.spares(),
+        reports: Reports::new(config.state_dir.join("reports")),
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| error.to_string())?;
     let (listen, peers) = (config.listen_heartbeats, config.peer.clone());
     let opened = runtime.block_on(Paths::open(listen, peers));
     let paths = opened.map_err(|error| format!("cannot listen for heartbeats on {listen}: {error}"))?;
+    let questions = runtime
+        .block_on(keeper::listen(&config.run_dir))
+        .map_err(|error| format!("cannot listen in {}: {error}", config.run_dir.display()))?;
     let keep = move || {
-        let ended = runtime.block_on(keeper::run(settings, arbiter, Arc::new(host), paths));
+        let ended = runtime.block_on(keeper::run(settings, arbiter, Arc::new(host), paths, questions));
         eprintln!("understudy-watchdog: guests are no longer kept: {ended:?}");
         std::process::exit(1);
     };

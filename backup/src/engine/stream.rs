@@ -129,7 +129,8 @@ impl Engine {
     /// Every reason to refuse a stream, in the order in which they matter.
     fn may_take(&self, hello: &Hello, local: LocalDomain) -> Result<(), (RefusedCode, String, &'static str)> {
         let known = self.record.generation;
-        let owned_here = matches!(self.record.role, Role::Promoted | Role::Promoting | Role::Stale);
+        // One that has lost the guest knows the generation of who has it: that is the one it may back up.
+        let owned_here = matches!(self.record.role, Role::Promoted | Role::Promoting);
         if self.promotion.is_some() {
             return Err((
                 RefusedCode::Busy,

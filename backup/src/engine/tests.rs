@@ -713,6 +713,9 @@ fn a_promoted_guest_refuses_its_own_generation_and_takes_a_newer_one_if_it_does_
     let out = bench.hello_from(30, 3, 1, "alpha", LocalDomain::Active);
     assert_eq!(refused(&out).unwrap().0, RefusedCode::Conflict);
     assert_eq!(bench.engine.state(), GuestState::Superseded);
+    // Its instance is ended: the newer owner is no older one.
+    assert_eq!(refused(&bench.hello(31, 2)).unwrap().0, RefusedCode::Superseded);
+    assert!(hello_ack(&bench.hello(32, 3)).is_some());
 }
 
 #[test]

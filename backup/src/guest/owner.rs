@@ -7,14 +7,14 @@ use crate::image::Image;
 use crate::promoter::{Activation, LocalDomain, PromoteError, Promoter, Standby, StandbySpec};
 use crate::shared::SharedMemory;
 use crate::stats::Stats;
-use crate::worker::{self, Job, Report};
+use crate::worker::{Hands, Job, Report};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::StreamExt;
-use understudy_proto::control::ControlFile;
+use understudy_proto::control::{ControlFile, Role};
 use understudy_proto::rpc::admin::{AgentRole, GuestStatus, Progress};
 use understudy_proto::rpc::epoch::{BackupMessage, PrimaryMessage, Refused, RefusedCode};
 use understudy_proto::rpc::{Failure, FailureKind, Inbound};
@@ -29,9 +29,8 @@ const CONTROL_WRITES: usize = 16;
 const TICK: Duration = Duration::from_millis(250);
 
 /// Starts the task that owns a guest.
-pub(super) fn start(engine: Engine, tools: Tools) -> std::io::Result<Guest> {
-    let (jobs, reports) =
-        worker::start(&engine.record().name, Arc::clone(&tools.memory), tools.dump.clone())?;
+pub(super) fn start(engine: Engine, tools: Tools) -> Guest {
+    let hands = Hands::new(&engine.record().name, Arc::clone(&tools.memory), tools.dump.clone());
     let (requests, request_rx) = mpsc::channel(REQUESTS);
     let (call_tx, calls) = mpsc::channel(1);
     let (control, control_rx) = mpsc::channel(CONTROL_WRITES);
@@ -43,8 +42,7 @@ pub(super) fn start(engine: Engine, tools: Tools) -> std::io::Result<Guest> {
         engine,
         tools,
         stats,
-        jobs,
-        reports,
+        hands,
         requests: request_rx,
         call_tx,
         calls,
@@ -59,7 +57,7 @@ pub(super) fn start(engine: Engine, tools: Tools) -> std::io::Result<Guest> {
         record: record_tx,
     };
     tokio::spawn(owner.run());
-    Ok(Guest { requests, status, record })
+    Guest { requests, status, record }
 }
 
 /// A control file to be written, and who waits for it.
@@ -148,8 +146,7 @@ struct Owner {
     engine: Engine,
     tools: Tools,
     stats: Stats,
-    jobs: mpsc::Sender<Job>,
-    reports: mpsc::Receiver<Report>,
+    hands: Hands,
     requests: mpsc::Receiver<Request>,
     call_tx: mpsc::Sender<Called>,
     calls: mpsc::Receiver<Called>,
@@ -221,7 +218,7 @@ impl Owner {
         };
         tokio::select! {
             biased;
-            report = self.reports.recv() => match report {
+            report = self.hands.report() => match report {
                 Some(report) => Action::Report(report),
                 None => Action::Stop("its worker thread has ended"),
             },
@@ -374,7 +371,12 @@ impl Owner {
             Command::DiscardEpoch => Job::DiscardEpoch,
             Command::DropImage => {
                 self.taken = None;
-                Job::DropImage
+                self.hands.give(Job::DropImage).await;
+                // It may be remembered for years.
+                if self.engine.record().role == Role::Released {
+                    self.hands.rest();
+                }
+                return None;
             }
             Command::TakeImage => Job::TakeImage,
             Command::Prepare(seed) => {
@@ -420,8 +422,7 @@ impl Owner {
                 return None;
             }
         };
-        // A worker that has ended shows as the end of its reports.
-        let _ = self.jobs.send(job).await;
+        self.hands.give(job).await;
         None
     }
 

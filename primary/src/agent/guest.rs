@@ -1,5 +1,7 @@
 //! The owner of one guest's protection: waits for the next event, asks the engine, does what it says.
 
+mod shown;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -9,8 +11,8 @@ use tokio::task::JoinHandle;
 use tracing::{Instrument, debug, error, info, info_span, warn};
 use understudy_libvirt::DomainEvent;
 use understudy_proto::epoch::EpochKind;
-use understudy_proto::ids::{EpochId, GuestId};
-use understudy_proto::rpc::admin::{AgentRole, GuestState, GuestStatus};
+use understudy_proto::ids::EpochId;
+use understudy_proto::rpc::admin::{GuestState, GuestStatus};
 use understudy_proto::rpc::epoch::{GoodbyeReason, Hello};
 use understudy_proto::rpc::transport::Security;
 
@@ -25,14 +27,14 @@ use crate::engine::{Command, Engine, Event, Outcome, OutcomeKind, Settings};
 use crate::replicate::{self, EpochSink, FullProgress, Replicator, feed};
 use crate::stats::Stats;
 
+pub(super) use shown::waiting_status;
+use shown::{STATUS_INTERVAL, initial_status};
+
 /// Events of the guest that wait; the pump behind them waits in turn.
 const DOMAIN_EVENTS: usize = 256;
 
 /// Before the next attempt to subscribe to a guest's events.
 const SUBSCRIBE_AGAIN: Duration = Duration::from_secs(1);
-
-/// How often numbers in the status are brought up to date while the state stays the same.
-const STATUS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Taken as the memory of a guest whose layout is not known yet; only a bound of a queue.
 const MEMORY_BYTES_UNKNOWN: u64 = 1 << 40;
@@ -72,6 +74,10 @@ impl std::fmt::Debug for Plan {
 pub enum Wish {
     /// End it.
     Unprotect,
+    /// Stand still behind a commit, for the other host to take the guest over.
+    HandOver,
+    /// Do not.
+    TakeBack,
     /// The agent ends.
     Shutdown,
 }
@@ -84,6 +90,8 @@ pub struct Snapshot {
     committed_at: Option<Instant>,
     /// Of a full copy under way.
     pub percent: Option<u8>,
+    /// The committed epoch the guest stands at for the other host.
+    pub handed_over: Option<EpochId>,
     /// Once the protection is over.
     pub outcome: Option<Outcome>,
 }
@@ -131,12 +139,11 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     let span = info_span!("guest", domain = name, generation = %plan.settings.generation);
     let stream = tokio::spawn(replicator.run().instrument(span.clone()));
 
-    let snapshot = Snapshot { status, committed_at: None, percent: None, outcome: None };
+    let snapshot = Snapshot { status, committed_at: None, percent: None, handed_over: None, outcome: None };
     let (snapshots, snapshot) = watch::channel(snapshot);
     let (wishes_in, wishes) = mpsc::channel(4);
     let (answers_in, answers) = mpsc::channel(16);
     let guest = Guest {
-        epoch: plan.settings.epoch,
         generation: plan.settings.generation,
         engine: Engine::new(plan.settings, Instant::now()),
         host: plan.host,
@@ -153,6 +160,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
         snapshots,
         stats: Stats::default(),
         sent_bytes,
+        sent_before: 0,
         encoder,
         progress: Arc::default(),
         memory_bytes: MEMORY_BYTES_UNKNOWN,
@@ -167,27 +175,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     Ok(Handle { wishes: wishes_in, snapshot, gate: keeper })
 }
 
-fn initial_status(hello: &Hello, to: &str, libvirt_version: &str) -> GuestStatus {
-    let mut status =
-        GuestStatus::new(hello.guest_name.clone(), hello.guest, AgentRole::Primary, GuestState::Seeding);
-    status.peer = to.to_owned();
-    status.detail = format!("connecting to {to}");
-    status.generation = hello.generation;
-    status.qemu.clone_from(&hello.qemu_version);
-    status.libvirt = libvirt_version.to_owned();
-    status
-}
-
-/// A status for a guest whose protection waits for something outside of it.
-pub(super) fn waiting_status(guest: GuestId, name: &str, to: &str, detail: String) -> GuestStatus {
-    let mut status = GuestStatus::new(name, guest, AgentRole::Primary, GuestState::Degraded);
-    status.peer = to.to_owned();
-    status.detail = detail;
-    status
-}
-
 pub(super) struct Guest {
-    epoch: Duration,
     generation: understudy_proto::ids::Generation,
     engine: Engine,
     pub(super) host: Arc<dyn GuestHost>,
@@ -204,6 +192,8 @@ pub(super) struct Guest {
     snapshots: watch::Sender<Snapshot>,
     stats: Stats,
     sent_bytes: Arc<AtomicU64>,
+    /// As they were at the last commit.
+    sent_before: u64,
     encoder: Encoder,
     progress: Arc<FullProgress>,
     memory_bytes: u64,
@@ -260,6 +250,8 @@ impl Guest {
                     }
                     self.apply_all(event).await;
                 }
+                Turn::Wish(Wish::HandOver) => self.apply_all(Event::HandOver).await,
+                Turn::Wish(Wish::TakeBack) => self.apply_all(Event::TakeBack).await,
                 Turn::Wish(Wish::Unprotect) => self.apply_all(Event::Unprotect).await,
                 Turn::Wish(Wish::Shutdown) => self.apply_all(Event::Shutdown).await,
                 Turn::Frame => {
@@ -323,6 +315,10 @@ impl Guest {
             replicate::Report::Disconnected(session, reason) => Event::Disconnected { session, reason },
             replicate::Report::Refused(session, refused) => Event::Refused { session, refused },
             replicate::Report::Acked(session, at) => {
+                let bytes = self.sent_bytes.load(Ordering::Relaxed);
+                let sent = bytes.saturating_sub(std::mem::replace(&mut self.sent_before, bytes));
+                let stop = self.stats.pause.last();
+                self.apply_all(Event::Measured { stop, bytes: sent }).await;
                 if let Some(bytes) = self.gate.as_ref().and_then(Gate::bytes) {
                     self.apply_all(Event::OutputHeld { bytes }).await;
                 }
@@ -467,53 +463,5 @@ impl Guest {
             }
         };
         tokio::spawn(work.in_current_span());
-    }
-
-    /// Brings what others see up to date: at once when the state changed, now and then when only numbers did.
-    fn publish(&mut self, last: bool) {
-        let view = self.engine.view();
-        let first = self.snapshots.borrow().status.committed_epoch.is_none() != view.committed.is_none();
-        let old_state = self.shown.0;
-        let changed = (old_state, self.shown.1.as_str()) != (view.state, view.detail.as_str()) || first;
-        if !(changed || last || self.published_at.elapsed() >= STATUS_INTERVAL) {
-            return;
-        }
-        if old_state != view.state {
-            info!(from = old_state.label(), to = view.state.label(), detail = view.detail, "state");
-        }
-        self.published_at = Instant::now();
-        self.shown = (view.state, view.detail.clone());
-        let output = Gate::seen(self.gate.as_mut(), view.state, last);
-        let ms = |pause: Duration| pause.as_secs_f64() * 1000.0;
-        let pauses = self.stats.pause.pauses.quantiles();
-        let pages = self.stats.dirty_pages.quantiles();
-        let copying = matches!(view.in_flight, Some((_, EpochKind::Full)));
-        self.snapshots.send_modify(|snapshot| {
-            let status = &mut snapshot.status;
-            status.state = view.state;
-            status.detail = [view.detail, output.remark]
-                .into_iter()
-                .filter(|part| !part.is_empty())
-                .collect::<Vec<_>>()
-                .join("; ");
-            status.output = output.text;
-            status.output_waiting_bytes = output.held.map(|held| held.bytes);
-            status.output_dropped_total = output.held.map(|held| held.dropped);
-            status.committed_epoch = view.committed;
-            status.epochs_total = self.stats.epochs_total;
-            status.full_copies_total = self.stats.full_copies_total;
-            status.pause_p50_ms = pauses.map(|(p50, _)| ms(p50));
-            status.pause_p99_ms = pauses.map(|(_, p99)| ms(p99));
-            status.dirty_pages_p50 = pages.map(|(p50, _)| p50);
-            status.dirty_pages_p99 = pages.map(|(_, p99)| p99);
-            status.epoch_ms = u32::try_from(self.epoch.as_millis()).ok();
-            status.bytes_total = self.sent_bytes.load(Ordering::Relaxed);
-            status.encoding = Some(self.encoder.report());
-            snapshot.committed_at = self.committed_at;
-            snapshot.percent = copying.then(|| self.progress.percent());
-            if last {
-                snapshot.outcome = self.outcome.clone();
-            }
-        });
     }
 }

@@ -2,6 +2,7 @@
 
 mod capturer;
 mod guest;
+mod handover;
 mod host;
 mod output;
 mod restart;
@@ -19,6 +20,7 @@ use understudy_proto::rpc::{Failure, FailureKind};
 
 pub use capturer::Barrier;
 pub use guest::{Handle, Plan, Snapshot, Wish, start};
+pub use handover::Handover;
 pub use host::{GuestHost, LibvirtGuest};
 pub use output::{Gate, Output};
 
@@ -31,6 +33,8 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long `unprotect` waits for the end.
 const UNPROTECT_LIMIT: Duration = Duration::from_secs(30);
+
+type SnapshotReceiver = tokio::sync::watch::Receiver<Snapshot>;
 
 /// All guests of this host that are, or were, protected.
 #[derive(Debug)]

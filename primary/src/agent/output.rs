@@ -153,7 +153,7 @@ impl Gate {
                     "the guest's output is held: the backup was not told; `understudy unprotect` lets it out"
                 );
             }
-            OutcomeKind::Ended | OutcomeKind::Superseded => {
+            OutcomeKind::Ended | OutcomeKind::Crashed | OutcomeKind::Superseded => {
                 let keeper = self.keeper.clone();
                 run(move || keeper.discard(), "throw away what the guest has sent").await;
             }

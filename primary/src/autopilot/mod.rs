@@ -1,5 +1,5 @@
 //! The length of epochs, found while they run. Pure: it is told how each epoch went and says how long the next ones are,
-//! and why when that changes. Nothing uses it yet.
+//! and why when that changes.
 //!
 //! Two goals bound the length from below, one from above:
 //!
@@ -16,6 +16,8 @@
 //! at most twice a second.
 
 use std::time::Duration;
+
+use understudy_proto::pace::EpochGoals;
 
 #[cfg(test)]
 mod tests;
@@ -58,6 +60,17 @@ pub struct Goals {
     pub slowdown: Option<f64>,
     /// Bytes a second to the backup, at most.
     pub bandwidth_bytes: Option<f64>,
+}
+
+impl From<EpochGoals> for Goals {
+    fn from(goals: EpochGoals) -> Self {
+        Self {
+            latency: goals.latency_ms.map(|ms| Duration::from_millis(ms.into())),
+            slowdown: goals.slowdown_permille.map(|permille| f64::from(permille) / 1000.0),
+            #[expect(clippy::cast_precision_loss, reason = "a rate, exact beyond any link's")]
+            bandwidth_bytes: goals.bandwidth_bytes.map(|bytes| bytes as f64),
+        }
+    }
 }
 
 /// An epoch as it was.
@@ -130,6 +143,12 @@ impl Autopilot {
     /// The length of the next epoch.
     pub fn length(&self) -> Duration {
         Duration::from_secs_f64(self.length)
+    }
+
+    /// The shortest epoch that output may ask for: an operator's goal for the slowdown holds for those as well.
+    pub fn floor(&self) -> Duration {
+        let share = self.goals.slowdown.unwrap_or(1.0);
+        Duration::try_from_secs_f64(self.average.stop * (1.0 - share) / share).unwrap_or(LONGEST).min(LONGEST)
     }
 
     /// Takes an epoch in and decides on the next ones.

@@ -87,7 +87,8 @@ impl Engine {
             end.pause = Pause::No;
             return;
         }
-        self.begin_end(OutcomeKind::Ended, reason.to_string(), remedy, goodbye);
+        let kind = if crashed { OutcomeKind::Crashed } else { OutcomeKind::Ended };
+        self.begin_end(kind, reason.to_string(), remedy, goodbye);
     }
 
     fn begin_end(&mut self, kind: OutcomeKind, text: String, remedy: String, goodbye: Option<GoodbyeReason>) {

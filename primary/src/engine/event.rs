@@ -5,6 +5,7 @@ use std::time::Duration;
 use understudy_libvirt::{DomainEvent, RunState};
 use understudy_proto::epoch::{Committed, EpochKind};
 use understudy_proto::ids::{EpochId, Generation};
+use understudy_proto::pace::EpochGoals;
 use understudy_proto::rpc::admin::GuestState;
 use understudy_proto::rpc::epoch::{EpochRef, GoodbyeReason, HelloAck, Refused, Reject};
 
@@ -15,8 +16,10 @@ use crate::capture::run_state::Question;
 pub struct Settings {
     /// Owner of the guest.
     pub generation: Generation,
-    /// The guest runs this long between two stops.
+    /// The guest runs this long between two stops; with `goals`, at first.
     pub epoch: Duration,
+    /// The length of epochs is found while they run.
+    pub goals: Option<EpochGoals>,
     /// It runs at least this long if its output waits.
     pub floor: Duration,
     /// An operator waits for the first commit: until then a failure ends the protection instead of being retried.
@@ -100,11 +103,22 @@ pub enum Event {
         /// All of them, sealed or not.
         bytes: u64,
     },
+    /// What the epoch whose commit comes next was like.
+    Measured {
+        /// How long it kept the guest stopped, by QEMU's clock; `None` if its events were lost.
+        stop: Option<Duration>,
+        /// Bytes sent since the last commit.
+        bytes: u64,
+    },
     /// The gate has not released what it was told to, for the reason given. What it holds waits for a full copy.
     OutputFailed(String),
     /// The agent did nothing for so long that it may have been taken for dead: what has arrived meanwhile may be out of
     /// date.
     StoodStill(Duration),
+    /// The other host is to take the guest over as planned work: it stands still behind the next commit.
+    HandOver,
+    /// It is not.
+    TakeBack,
     /// An operator ends the protection.
     Unprotect,
     /// The agent ends; the protection is to go on with the next one.
@@ -187,6 +201,8 @@ pub enum OutcomeKind {
     Unprotected,
     /// The guest is gone.
     Ended,
+    /// The same, and nobody has ended it.
+    Crashed,
     /// The guest has a newer owner and is paused here.
     Superseded,
     /// Nothing works until someone acts.
@@ -201,6 +217,7 @@ impl OutcomeKind {
         match self {
             Self::Unprotected => GuestState::Unprotected,
             Self::Ended => GuestState::Ended,
+            Self::Crashed => GuestState::Crashed,
             Self::Superseded => GuestState::Superseded,
             Self::Failed => GuestState::Failed,
             Self::AgentStopped => GuestState::Degraded,
@@ -219,4 +236,10 @@ pub struct View {
     pub committed: Option<EpochId>,
     /// The epoch that is captured or not yet acknowledged.
     pub in_flight: Option<(EpochId, EpochKind)>,
+    /// Length of the next epoch.
+    pub epoch: Duration,
+    /// Why it is that long; empty if it is fixed.
+    pub pace: String,
+    /// The committed epoch the guest stands at for the other host to take over.
+    pub handed_over: Option<EpochId>,
 }

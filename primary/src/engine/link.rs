@@ -181,7 +181,9 @@ impl Engine {
                     self.arm_failures = 0;
                 }
                 out.push(Command::Release(committed));
-                self.let_held_run(out);
+                if !self.stands_still() {
+                    self.let_held_run(out);
+                }
             }
             Err((captured, error)) => {
                 self.window = Some(super::InFlight { captured: Some(captured), ..window });

@@ -17,8 +17,10 @@
 
 mod end;
 mod event;
+mod handover;
 mod link;
 mod output;
+mod pace;
 mod view;
 
 use std::time::{Duration, Instant};
@@ -33,8 +35,9 @@ use crate::capture::run_state::{Question, RunTracker, Verdict, WaitReason};
 pub use event::{CaptureFailure, Command, Event, Outcome, OutcomeKind, Settings, View};
 
 use end::End;
+use handover::Handover;
 use link::Link;
-use output::Pace;
+use pace::Pace;
 
 /// Between two questions to a QEMU whose answer does not help.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
@@ -74,6 +77,8 @@ pub struct Engine {
     resubscribing: bool,
     /// Whether our migration has reached its end: one that starts afterwards is somebody else's.
     precopy_over: bool,
+    /// The guest is to stand still for the other host.
+    handover: Option<Handover>,
     end: Option<End>,
     over: Option<Outcome>,
 }
@@ -127,6 +132,7 @@ enum Asking {
 impl Engine {
     /// For a guest of which nothing is captured yet.
     pub fn new(settings: Settings, now: Instant) -> Self {
+        let pace = Pace::new(&settings, now);
         Self {
             link: Link::new(settings.first_session),
             settings,
@@ -137,13 +143,14 @@ impl Engine {
             committed: None,
             needs_full: Some("nothing is copied yet".to_owned()),
             next_epoch: EpochId(1),
-            pace: Pace::new(now),
+            pace,
             arm_at: now,
             arm_failures: 0,
             asking: Asking::From(now),
             run_state: None,
             resubscribing: false,
             precopy_over: false,
+            handover: None,
             end: None,
             over: None,
         }
@@ -181,7 +188,7 @@ impl Engine {
             _ => None,
         };
         let end = self.end.as_ref().filter(|_| self.capture == Capture::Idle).and_then(End::deadline);
-        guest.into_iter().chain(rescue).chain(end).min()
+        guest.into_iter().chain(rescue).chain(end).chain(self.handover_deadline()).min()
     }
 
     fn take(&mut self, event: Event, now: Instant, out: &mut Vec<Command>) {
@@ -222,8 +229,11 @@ impl Engine {
             Event::Paused(result) => self.paused(result, now),
             Event::OutputWaiting { pressing } => self.output_waiting(pressing),
             Event::OutputHeld { bytes } => self.output_held(bytes),
+            Event::Measured { stop, bytes } => self.measured(stop, bytes, now),
             Event::OutputFailed(reason) => self.output_failed(&reason, now, out),
             Event::StoodStill(still) => self.stood_still(still, out),
+            Event::HandOver => self.hand_over(now),
+            Event::TakeBack => self.take_back(out),
             Event::Unprotect => self.unprotect(),
             Event::Shutdown => self.shutdown(),
         }
@@ -406,10 +416,10 @@ impl Engine {
                 self.capture = Capture::Arming { interrupted: false };
                 out.push(Command::Arm(epoch));
             }
-            Capture::Ready if now >= self.next_stop() => {
+            Capture::Ready if now >= self.next_stop() || self.hands_over() => {
                 let epoch = self.take_epoch(EpochKind::Delta);
                 self.run.reply_sent();
-                let hold = self.pace.stopping(now);
+                let hold = self.stopping(now) || self.hands_over();
                 self.capture = Capture::Stopping { hold };
                 out.push(if hold { Command::CheckpointHeld(epoch) } else { Command::Checkpoint(epoch) });
             }

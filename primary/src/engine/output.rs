@@ -10,66 +10,12 @@ use super::{Capture, Command, Engine};
 /// How long a guest may be kept stopped for a commit. Beyond it the guest is worth more.
 const HOLD_LIMIT: Duration = Duration::from_secs(5);
 
-/// A guest whose output waits runs at least so many times as long as its last checkpoint took.
-const RUN_PER_STOP: u32 = 2;
-
 /// With so much in the gate when a commit comes, the guest runs no more while an epoch of it is on its way: the gate then
 /// never holds more than the guest sends between two stops. Far below [`crate::egress::LIMIT_BYTES`], where frames would
 /// be dropped, and above what a connection or two have under way.
 const HOLD_BYTES: u64 = 16 << 20;
 
-/// When the epoch began and what ending one costs.
-#[derive(Debug)]
-pub(super) struct Pace {
-    began: Instant,
-    /// The checkpoint under way.
-    stopping: Option<Instant>,
-    /// What the last one took, from its order to its last byte.
-    took: Duration,
-    /// Output waits since the epoch began; whether so much that nothing else matters.
-    waiting: Option<bool>,
-    /// Bytes in the gate when they were counted last.
-    held_bytes: u64,
-}
-
-impl Pace {
-    pub(super) fn new(now: Instant) -> Self {
-        Self { began: now, stopping: None, took: Duration::ZERO, waiting: None, held_bytes: 0 }
-    }
-
-    /// A checkpoint begins; says whether the guest stays stopped until it is committed.
-    pub(super) fn stopping(&mut self, now: Instant) -> bool {
-        self.stopping = Some(now);
-        std::mem::take(&mut self.held_bytes) >= HOLD_BYTES
-    }
-}
-
 impl Engine {
-    /// What the guest has sent before belongs to the epoch that is over.
-    pub(super) fn end_epoch(&mut self, now: Instant) {
-        if let Some(since) = self.pace.stopping.take() {
-            self.pace.took = now.saturating_duration_since(since);
-        }
-        self.pace.waiting = None;
-        self.run_on(now);
-    }
-
-    /// The guest runs, if it did not before.
-    pub(super) fn run_on(&mut self, now: Instant) {
-        self.pace.began = now;
-    }
-
-    /// When the epoch ends.
-    pub(super) fn next_stop(&self) -> Instant {
-        let floor = self.settings.floor.max(self.pace.took.saturating_mul(RUN_PER_STOP));
-        let lasts = match self.pace.waiting {
-            None => self.settings.epoch,
-            Some(false) => floor.min(self.settings.epoch),
-            Some(true) => Duration::ZERO,
-        };
-        self.pace.began + lasts
-    }
-
     /// A request of somebody outside is answered when the epoch is committed: it ends as soon as that is cheap enough.
     pub(super) fn output_waiting(&mut self, pressing: bool) {
         if matches!(self.capture, Capture::Waiting { .. } | Capture::Ready) {
@@ -88,6 +34,12 @@ impl Engine {
         self.need_full(format!("the output gate failed: {reason}"), out);
     }
 
+    /// A checkpoint begins; says whether the guest stays stopped until it is committed.
+    pub(super) fn stopping(&mut self, now: Instant) -> bool {
+        self.pace.stopping(now);
+        std::mem::take(&mut self.pace.held_bytes) >= HOLD_BYTES
+    }
+
     /// The epoch is captured and the guest stays stopped until it is committed.
     pub(super) fn hold(&mut self, kind: EpochKind, now: Instant) {
         self.capture = Capture::Held { until: now + HOLD_LIMIT, kind };
@@ -103,6 +55,9 @@ impl Engine {
 
     /// Gives the commit up when it will not come, or not soon; the guest runs (invariant 10), its output waits on.
     pub(super) fn decide_held(&mut self, now: Instant, out: &mut Vec<Command>) {
+        if self.decide_handover(now, out) {
+            return;
+        }
         let Capture::Held { until, kind } = self.capture else { return };
         let hopeless = self.window.is_none() || self.end.is_some() || !self.link.is_up();
         if !hopeless && now < until {

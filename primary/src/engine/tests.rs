@@ -1,6 +1,8 @@
 //! The engine against tables of events.
 
+mod handover;
 mod output;
+mod pace;
 mod random;
 
 use serde_json::json;
@@ -22,6 +24,7 @@ fn settings() -> Settings {
     Settings {
         generation: GENERATION,
         epoch: EPOCH,
+        goals: None,
         floor: FLOOR,
         attended: false,
         first_session: 7,
@@ -418,8 +421,12 @@ fn ends_of_the_guest() {
         let text = format!("{event:?}");
         let mut bench = Bench::protected(settings());
         assert_eq!(bench.step(event), [Command::Disarm], "{text}");
-        assert_eq!(outcome(&bench.step(Event::Disarmed(Ok(())))), (goodbye, OutcomeKind::Ended), "{text}");
-        assert_eq!(bench.state(), GuestState::Ended);
+        let (kind, state) = match goodbye {
+            Some(_) => (OutcomeKind::Ended, GuestState::Ended),
+            None => (OutcomeKind::Crashed, GuestState::Crashed),
+        };
+        assert_eq!(outcome(&bench.step(Event::Disarmed(Ok(())))), (goodbye, kind), "{text}");
+        assert_eq!(bench.state(), state);
     }
     let mut bench = Bench::protected(settings());
     assert_eq!(bench.step(lifecycle(Lifecycle::Undefined, "removed")), [], "it runs on");

@@ -11,7 +11,9 @@ impl Engine {
     pub fn view(&self) -> View {
         let (state, detail) = self.state();
         let in_flight = self.window.as_ref().map(|window| (window.epoch, window.kind));
-        View { state, detail, committed: self.committed, in_flight }
+        let (epoch, pace) = (self.epoch_length(), self.pace.reason().to_owned());
+        let handed_over = self.handed_over();
+        View { state, detail, committed: self.committed, in_flight, epoch, pace, handed_over }
     }
 
     fn state(&self) -> (GuestState, String) {
@@ -38,6 +40,13 @@ impl Engine {
             };
             return (GuestState::Seeding, detail);
         };
+        if let Some(epoch) = self.handed_over() {
+            let peer = &self.settings.peer;
+            return (
+                GuestState::Protected,
+                format!("stands still at epoch {epoch} for {peer} to take it over"),
+            );
+        }
         if !self.link.is_up() {
             let why = self.link.trouble().unwrap_or("connecting");
             let peer = &self.settings.peer;

@@ -1,5 +1,5 @@
 use super::*;
-use understudy_hook::metadata::Output;
+use understudy_hook::metadata::{Epoch, Output};
 
 const GUEST: GuestId = GuestId(uuid::Uuid::from_u128(7));
 
@@ -25,7 +25,7 @@ fn found(mark: Option<Protect>) -> Found {
 fn active(backup: &str, value: &str) -> Protection {
     Protection::Active {
         backup: backup.into(),
-        epoch: Duration::from_millis(100),
+        epoch: Epoch::Fixed(Duration::from_millis(100)),
         insecure: true,
         output: Output::Gated,
         report: Report {

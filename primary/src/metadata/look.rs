@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use understudy_hook::metadata::{
-    COMMAND_NAMESPACE, Command, Output, PROTECT_NAMESPACE, Protect, STATE_NAMESPACE, State,
+    COMMAND_NAMESPACE, Command, Epoch, Output, PROTECT_NAMESPACE, Protect, STATE_NAMESPACE, State,
 };
 use understudy_libvirt::{Domain, LibvirtError};
 use understudy_proto::control::Role;
@@ -41,7 +41,10 @@ pub(super) fn protection(agent: &Agent, guest: GuestId) -> Protection {
     let Some(outcome) = outcome else {
         return Protection::Active {
             backup: wanted.to.clone(),
-            epoch: Duration::from_millis(wanted.epoch_ms.into()),
+            epoch: match wanted.goals {
+                Some(_) => Epoch::Auto,
+                None => Epoch::Fixed(Duration::from_millis(wanted.epoch_ms.into())),
+            },
             insecure: wanted.insecure,
             output: if wanted.ungated { Output::Ungated } else { Output::Gated },
             report: Report {
@@ -60,7 +63,7 @@ pub(super) fn protection(agent: &Agent, guest: GuestId) -> Protection {
     };
     Protection::Over(match outcome.kind {
         OutcomeKind::Unprotected => Ended::ByOperator,
-        OutcomeKind::Ended => Ended::WithGuest,
+        OutcomeKind::Ended | OutcomeKind::Crashed => Ended::WithGuest,
         OutcomeKind::AgentStopped => Ended::WithAgent,
         // Its newer owner runs it: nothing here brings it back.
         OutcomeKind::Superseded => failed(false),

@@ -14,9 +14,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tracing::{info, warn};
-use understudy_hook::metadata::{COMMAND_NAMESPACE, Output, Protect, STATE_NAMESPACE, STATE_PREFIX, State};
+use understudy_hook::metadata::{
+    COMMAND_NAMESPACE, Epoch, Output, Protect, STATE_NAMESPACE, STATE_PREFIX, State,
+};
 use understudy_libvirt::{Domain, LibvirtError};
 use understudy_proto::ids::GuestId;
+use understudy_proto::pace::EpochGoals;
 use understudy_proto::rpc::admin::{FailoverRequest, ProtectRequest};
 use understudy_proto::rpc::{AdminClient, AdminService, Failure, FailureKind, transport};
 
@@ -183,7 +186,11 @@ impl Edge {
         let request = ProtectRequest {
             domain: guest.to_string(),
             to: wanted.backup.clone(),
-            epoch: wanted.epoch,
+            epoch: match wanted.epoch {
+                Some(Epoch::Fixed(length)) => Some(length),
+                Some(Epoch::Auto) | None => None,
+            },
+            goals: (wanted.epoch == Some(Epoch::Auto)).then(EpochGoals::default),
             insecure: wanted.insecure,
             ungated: wanted.output == Output::Ungated,
         };

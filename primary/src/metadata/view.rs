@@ -1,8 +1,6 @@
 //! What the engine is told, in its own words.
 
-use std::time::Duration;
-
-use understudy_hook::metadata::{Command, Output, Protect, State};
+use understudy_hook::metadata::{Command, Epoch, Output, Protect, State};
 
 /// What a look at a domain has found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +36,7 @@ pub enum Protection {
         /// The backup.
         backup: String,
         /// Length of an epoch.
-        epoch: Duration,
+        epoch: Epoch,
         /// Replicated without TLS.
         insecure: bool,
         /// Its output is let through as it comes.

@@ -43,6 +43,7 @@ pub(crate) async fn start_with(guest: &FakeGuest, backup: &StubBackup, output: O
     let settings = Settings {
         generation: GENERATION,
         epoch: Duration::from_millis(5),
+        goals: None,
         floor: Duration::from_millis(1),
         attended: false,
         first_session: 1,

@@ -293,5 +293,6 @@ fn guest() -> ProtectedGuest {
         epoch_ms: 5,
         generation: Generation(1),
         ungated: false,
+        goals: None,
     }
 }

@@ -16,6 +16,22 @@ pub struct ProtectRequest {
     /// Lets the guest's output through as it comes, without waiting for commits.
     #[prost(bool, tag = "12")]
     pub ungated: bool,
+    /// Epochs have the length that fits these goals best, beginning with `epoch_ms`. Absent: `epoch_ms` stays.
+    #[prost(message, optional, tag = "100")]
+    pub goals: ::core::option::Option<EpochGoals>,
+}
+/// What an operator wants of epochs whose length is found while they run; what is absent is no goal.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EpochGoals {
+    /// Output waits at most so long.
+    #[prost(uint32, optional, tag = "1")]
+    pub latency_ms: ::core::option::Option<u32>,
+    /// The guest stands still for at most so many thousandths of its time.
+    #[prost(uint32, optional, tag = "2")]
+    pub slowdown_permille: ::core::option::Option<u32>,
+    /// Sent to the backup.
+    #[prost(uint64, optional, tag = "3")]
+    pub bandwidth_bytes_per_second: ::core::option::Option<u64>,
 }
 /// One step of something that takes time.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -124,7 +140,7 @@ pub struct GuestStatus {
     pub dirty_pages_p50: ::core::option::Option<u64>,
     #[prost(uint64, optional, tag = "14")]
     pub dirty_pages_p99: ::core::option::Option<u64>,
-    /// Wanted length of an epoch. Absent: not known by this agent.
+    /// Length of an epoch, fixed or as found last. Absent: not known by this agent.
     #[prost(uint32, optional, tag = "15")]
     pub epoch_ms: ::core::option::Option<u32>,
     /// Bytes of page frames and device buffers since protection began.
@@ -159,6 +175,9 @@ pub struct GuestStatus {
     /// How its pages are encoded. Absent: this agent encodes none.
     #[prost(message, optional, tag = "30")]
     pub encoding: ::core::option::Option<EncodingReport>,
+    /// Why epochs are as long as they are, for people. Empty: their length is fixed, or not known by this agent.
+    #[prost(string, tag = "100")]
+    pub pace: ::prost::alloc::string::String,
 }
 /// How the pages of a guest are encoded; counts are since its protection began.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -1,6 +1,7 @@
 //! What an operator asks an agent, as agents and command use it.
 
 use crate::ids::{EpochId, Generation, GuestId, Incarnation};
+use crate::pace::EpochGoals;
 use serde::Serialize;
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ pub struct ProtectRequest {
     pub insecure: bool,
     /// Lets the guest's output through as it comes.
     pub ungated: bool,
+    /// Epochs have the length that fits these goals, beginning with `epoch`.
+    pub goals: Option<EpochGoals>,
 }
 
 /// One step of something that takes time.
@@ -146,6 +149,8 @@ labelled! {
         Superseded = "superseded",
         /// The guest is gone.
         Ended = "ended",
+        /// The guest is gone, and nobody has ended it: its QEMU died, or it panicked.
+        Crashed = "crashed",
         /// Nothing works until someone acts; `detail` says what.
         Failed = "failed",
     }
@@ -206,6 +211,8 @@ pub struct GuestStatus {
     pub output_dropped_total: Option<u64>,
     /// How its pages are encoded, where this agent does that.
     pub encoding: Option<EncodingReport>,
+    /// Why epochs are as long as they are; empty where their length is fixed or not known.
+    pub pace: String,
 }
 
 impl GuestStatus {
@@ -238,6 +245,7 @@ impl GuestStatus {
             output_waiting_bytes: None,
             output_dropped_total: None,
             encoding: None,
+            pace: String::new(),
         }
     }
 }

@@ -4,6 +4,7 @@ use super::admin as domain;
 use super::convert::{epoch, generation, guest, optional_text, shortened, sixteen, text, uuid_bytes};
 use super::generated::admin as wire;
 use crate::ids::Incarnation;
+use crate::pace::EpochGoals;
 use crate::{ProtocolError, limits};
 use std::time::Duration;
 
@@ -21,7 +22,31 @@ impl TryFrom<wire::ProtectRequest> for domain::ProtectRequest {
             epoch: m.epoch_ms.map(|ms| Duration::from_millis(ms.into())),
             insecure: m.insecure,
             ungated: m.ungated,
+            goals: m.goals.map(TryInto::try_into).transpose()?,
         })
+    }
+}
+
+impl TryFrom<wire::EpochGoals> for EpochGoals {
+    type Error = ProtocolError;
+
+    fn try_from(m: wire::EpochGoals) -> Result<Self, ProtocolError> {
+        let goals = Self {
+            latency_ms: m.latency_ms,
+            slowdown_permille: m.slowdown_permille.map(|n| u16::try_from(n).unwrap_or(u16::MAX)),
+            bandwidth_bytes: m.bandwidth_bytes_per_second,
+        };
+        goals.checked()
+    }
+}
+
+impl From<EpochGoals> for wire::EpochGoals {
+    fn from(m: EpochGoals) -> Self {
+        Self {
+            latency_ms: m.latency_ms,
+            slowdown_permille: m.slowdown_permille.map(u32::from),
+            bandwidth_bytes_per_second: m.bandwidth_bytes,
+        }
     }
 }
 
@@ -33,6 +58,7 @@ impl From<domain::ProtectRequest> for wire::ProtectRequest {
             epoch_ms: m.epoch.map(|d| u32::try_from(d.as_millis()).unwrap_or(u32::MAX)),
             insecure: m.insecure,
             ungated: m.ungated,
+            goals: m.goals.map(Into::into),
         }
     }
 }
@@ -220,6 +246,7 @@ impl TryFrom<wire::GuestStatus> for domain::GuestStatus {
             output_waiting_bytes: m.output_waiting_bytes,
             output_dropped_total: m.output_dropped_total,
             encoding: m.encoding.map(TryInto::try_into).transpose()?,
+            pace: text("pace", m.pace)?,
         })
     }
 }
@@ -253,6 +280,7 @@ impl From<domain::GuestStatus> for wire::GuestStatus {
             output_waiting_bytes: m.output_waiting_bytes,
             output_dropped_total: m.output_dropped_total,
             encoding: m.encoding.map(Into::into),
+            pace: shortened(m.pace),
         }
     }
 }

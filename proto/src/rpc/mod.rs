@@ -8,6 +8,7 @@ mod convert;
 pub mod epoch;
 mod epoch_convert;
 mod epoch_service;
+pub mod owner;
 mod secure;
 pub mod status;
 mod tls;
@@ -32,6 +33,9 @@ mod generated {
     }
     pub(super) mod admin {
         include!("../gen/understudy.admin.v1.rs");
+    }
+    pub(super) mod owner {
+        include!("../gen/understudy.owner.v1.rs");
     }
     pub(super) mod witness {
         include!("../gen/understudy.witness.v1.rs");

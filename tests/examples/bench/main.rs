@@ -3,10 +3,13 @@
 #[path = "../../../primary/tests/support/mod.rs"]
 mod guest;
 
+mod autopilot;
+mod captured;
 mod codec;
 mod memory;
 mod pause;
 mod report;
+mod slowdown;
 mod stock;
 mod trace;
 mod wire;
@@ -43,6 +46,30 @@ enum Bench {
         #[arg(long)]
         without_stock: bool,
     },
+    /// What protection costs a guest that works all the time, Understudy's and a stock pair's
+    Slowdown {
+        /// Samples of a second, before, during and after
+        #[arg(long, default_value_t = 10)]
+        seconds: usize,
+        /// Pages the guest dirties
+        #[arg(long, default_value_t = 1000)]
+        pages: usize,
+        /// Memory of the guest
+        #[arg(long, default_value_t = 256)]
+        mib: usize,
+    },
+    /// How near the autopilot comes to the best fixed length of epochs
+    Autopilot {
+        /// Time for each length of the sweep; the autopilot has four times as long
+        #[arg(long, default_value_t = 3)]
+        seconds: u64,
+        /// Pages the guest dirties, one workload each
+        #[arg(long, value_delimiter = ',', default_value = "100,500,1000,4000")]
+        pages: Vec<usize>,
+        /// Memory of the guest
+        #[arg(long, default_value_t = 256)]
+        mib: usize,
+    },
     /// What encoding a page costs: XBZRLE against a byte-wise encoder and memcpy; LZ4
     Codec {
         /// Rounds over all pages
@@ -69,6 +96,8 @@ fn main() -> anyhow::Result<()> {
         Bench::Pause { rounds, pages, mib, without_stock } => {
             pause::run(rounds, &pages, mib, !without_stock)?
         }
+        Bench::Slowdown { seconds, pages, mib } => slowdown::run(seconds, pages, mib)?,
+        Bench::Autopilot { seconds, pages, mib } => autopilot::run(seconds, &pages, mib)?,
         Bench::Codec { rounds } => codec::run(rounds),
         Bench::Wire { epochs } => wire::run(epochs)?,
         Bench::Memory { mib } => memory::run(mib)?,

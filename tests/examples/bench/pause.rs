@@ -1,14 +1,11 @@
 //! The stop: from STOP to RESUME by QEMU's own timestamps, of Understudy's capture and of stock COLO in the same run.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use understudy_primary::capture::{CheckpointSource, ColoOptions, ColoSource, PageSink, SinkClosed};
-use understudy_proto::frame::FrameBuilder;
-use understudy_proto::layout::MemoryLayout;
-use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex};
+use understudy_proto::units::PAGE_BYTES;
 
+use crate::captured::Captured;
 use crate::guest::{Guest, skip_reason};
 use crate::stock::{self, Way};
 use crate::{Report, ms};
@@ -70,47 +67,23 @@ pub(crate) fn run(rounds: usize, pages: &[usize], mib: usize, with_stock: bool) 
 /// Stops in ms, and pages of each.
 fn understudy(rounds: usize, pages: usize, mib: usize) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
     let guest = Guest::start("pc", pages, &["-m", &mib.to_string()])?;
-    let mut source = ColoSource::new(guest.monitor.clone(), ColoOptions::default())?;
-    let mut sink = Frames(FrameBuilder::new());
-    source.arm(&mut sink)?;
-    source.start()?;
+    let mut captured = Captured::arm(&guest)?;
     let mut dirty = Vec::new();
     for round in 0..WARM_UP + rounds {
-        source.wait_ready()?;
-        std::thread::sleep(EPOCH);
-        sink.0 = FrameBuilder::new();
         if round == WARM_UP {
+            std::thread::sleep(EPOCH);
             // Those before are not counted. All their events are here: the guest has run for an epoch.
             guest.stops();
         }
-        let checkpoint = source.checkpoint(&mut || Ok(()), &mut sink)?;
+        let epoch = captured.epoch(EPOCH)?;
         if round >= WARM_UP {
-            dirty.push(checkpoint.pages as f64);
+            dirty.push(epoch.checkpoint.pages as f64);
         }
     }
     std::thread::sleep(EPOCH);
     let stops = guest.stops();
-    source.disarm()?;
+    captured.disarm()?;
     Ok((stops.into_iter().map(ms).collect(), dirty))
-}
-
-/// Pages become frames, as in the agent, and the frames go nowhere.
-struct Frames(FrameBuilder);
-
-impl PageSink for Frames {
-    fn layout(&mut self, _: &Arc<MemoryLayout>) -> Result<(), SinkClosed> {
-        Ok(())
-    }
-
-    fn page(
-        &mut self,
-        block: BlockIndex,
-        page: PageIndex,
-        content: Option<&PageData>,
-    ) -> Result<(), SinkClosed> {
-        drop(self.0.push(block, page, content));
-        Ok(())
-    }
 }
 
 /// Copying as many pages, in ms.

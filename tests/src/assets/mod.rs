@@ -73,6 +73,11 @@ impl Assets {
     }
 }
 
+/// Makes the trees that hosts of these roots need, so that the first lab does not have to wait for them.
+pub(crate) fn prepare(roots: Roots) -> Result<()> {
+    trees(&workspace::lab_cache()?, roots).map(drop)
+}
+
 fn trees(cache: &Path, roots: Roots) -> Result<BTreeMap<HostName, PathBuf>> {
     let mut trees = BTreeMap::new();
     for host in HostName::ALL {

@@ -14,6 +14,7 @@ pub(crate) mod pinger;
 pub(crate) mod plan;
 pub(crate) mod remote;
 pub(crate) mod roots;
+pub(crate) mod sides;
 pub(crate) mod stamps;
 pub(crate) mod state;
 pub(crate) mod supervisor;

@@ -137,7 +137,9 @@ impl Lab {
         let text = self.must_understudy(host, &["status", "--json"])?;
         let whole: Value = serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
         let guests = whole["guests"].as_array().into_iter().flatten();
-        let left = guests.filter(|guest| guest["role"] == "backup" || guest["state"] != "ended");
+        let left = guests.filter(|guest| {
+            guest["role"] == "backup" || !matches!(guest["state"].as_str(), Some("ended" | "crashed"))
+        });
         Ok(left.filter_map(|guest| guest["domain"].as_str().map(str::to_owned)).collect())
     }
 

@@ -19,6 +19,12 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     ("failover: a standby whose memory is loaded at the promotion", cold),
 ];
 
+/// Played when they are asked for by name, and in the campaign: the five rounds take some minutes.
+pub(super) const ON_REQUEST: &[Scenario] =
+    &[("failover: five times round: promoted, started anew, saved, restored, and protected again", |lab| {
+        rounds(lab, SHAPES[0], 5)
+    })];
+
 /// A guest that has not answered by then is dead.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -42,6 +48,24 @@ fn chain(lab: &Lab, shape: Shape, cuts: usize) -> Result<()> {
             save_and_restore(lab, on, &boot).with_context(|| format!("a save after {which}"))?;
         }
         super::up(lab, on.other())?;
+    }
+    Ok(())
+}
+
+/// As [`chain`], and every promoted guest goes through all of it.
+fn rounds(lab: &Lab, shape: Shape, count: usize) -> Result<()> {
+    let mut on = HostName::Alpha;
+    let mut boot = start_shaped(lab, on, shape)?.count()?.boot;
+    for number in 1..=count {
+        let round = || format!("round {number} of {count}, power cut of {on}");
+        Guest::wait(lab.dir(), "g1", LIMIT)?.must("dirty 300 20").with_context(round)?;
+        cut(lab, on, &boot, WARM).with_context(round)?;
+        // It boots while the guest is put to the test on the other one.
+        lab.ensure_on(on)?;
+        boot = super::reboot(lab, &boot).context("a reboot").with_context(round)?;
+        save_and_restore(lab, on.other(), &boot).context("a save").with_context(round)?;
+        super::up(lab, on)?;
+        on = on.other();
     }
     Ok(())
 }

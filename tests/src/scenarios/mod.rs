@@ -32,11 +32,12 @@ use crate::process;
 use crate::testing::{self, Report};
 use crate::ui::Steps;
 
+pub(crate) use owner::takeovers;
 pub(crate) use verified::CAMPAIGN;
 pub(crate) use versions::VERSIONS;
 
-/// All scenarios together take less.
-const LIFETIME: Duration = Duration::from_secs(3600);
+/// All scenarios together take less, also beside other work.
+const LIFETIME: Duration = Duration::from_secs(5400);
 
 /// How often a scenario begins at most.
 const ATTEMPTS: u32 = 3;
@@ -46,6 +47,9 @@ const REPEATS: u32 = 10;
 
 /// A name, and what must not fail.
 type Scenario = (&'static str, fn(&Lab) -> Result<()>);
+
+/// What the scenarios of who runs a guest are called; those of a campaign run only if their name is asked for.
+pub(crate) const OWNER: &str = "owner";
 
 /// In the order in which they run.
 const SCENARIOS: &[&[Scenario]] = &[
@@ -59,6 +63,12 @@ const SCENARIOS: &[&[Scenario]] = &[
     verified::SCENARIOS,
     metadata::SCENARIOS,
 ];
+
+/// Played after those when they are asked for by name, and on hosts of another system.
+const VARIANTS: &[&[Scenario]] = &[exactness::ON_REQUEST, failover::ON_REQUEST];
+
+/// Played when they are asked for by name, as campaigns do.
+const LONG: &[&[Scenario]] = &[verified::ON_REQUEST, owner::ON_REQUEST, traffic::ON_REQUEST];
 
 /// How long a guest may take until it answers.
 const UP: Duration = Duration::from_secs(120);
@@ -134,8 +144,9 @@ pub(crate) fn run(report: &mut Report, pattern: &str, roots: Roots) -> Result<()
 pub(crate) fn play(lab: &Lab, report: &mut Report, pattern: &str) {
     let roots = lab.roots().unwrap_or_default();
     let versions = versions::SCENARIOS.iter().filter(|_| roots == Roots::mixed());
-    let long = verified::ON_REQUEST.iter().chain(traffic::ON_REQUEST).filter(|_| !pattern.is_empty());
-    let variants = exactness::ON_REQUEST.iter().filter(|_| !pattern.is_empty() || roots != Roots::default());
+    let variants =
+        VARIANTS.iter().copied().flatten().filter(|_| !pattern.is_empty() || roots != Roots::default());
+    let long = LONG.iter().copied().flatten().filter(|_| !pattern.is_empty());
     let all = SCENARIOS.iter().copied().flatten().chain(variants).chain(versions).chain(long);
     let repeats = Cell::new(0);
     for (name, scenario) in all.filter(|(name, _)| name.contains(pattern)) {

@@ -27,7 +27,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 ];
 
 /// A guest that has not answered by then is dead.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// The machine type is the older QEMU's newest, which the newer one has as well.
 fn there_and_back(lab: &Lab, machine: &str) -> Result<()> {

@@ -250,6 +250,7 @@ fn protect_and_kill(
         settings: Settings {
             generation,
             epoch: Duration::from_millis(1),
+            goals: None,
             floor: Duration::from_millis(1),
             attended: false,
             first_session: 1,

@@ -26,6 +26,7 @@ fn listed(guest: GuestId) -> ProtectedGuest {
         epoch_ms: 100,
         generation: Generation(1),
         ungated: false,
+        goals: None,
     }
 }
 

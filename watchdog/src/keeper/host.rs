@@ -1,7 +1,8 @@
 //! What a keeper sees of its own host, and does there.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio_stream::StreamExt;
@@ -9,11 +10,13 @@ use tracing::{debug, info, warn};
 use understudy_libvirt::Connection;
 use understudy_proto::ids::{EpochId, Generation, GuestId};
 use understudy_proto::rpc::admin::{
-    ConfirmRequest, FailoverRequest, GuestState, GuestStatus, LOADED, StatusRequest, UnprotectRequest,
+    ConfirmRequest, FailoverReport, FailoverRequest, GuestState, GuestStatus, LOADED, ProtectRequest,
+    StatusRequest, UnprotectRequest,
 };
+use understudy_proto::rpc::owner::HandoverClient;
 use understudy_proto::rpc::{AdminClient, Failure, FailureKind, async_trait, transport};
 
-use crate::engine::Depth;
+use crate::engine::{Depth, Trouble};
 use crate::look;
 use crate::monitor::Monitors;
 use crate::owner::{Command, Event, Image, Local, Sending};
@@ -24,6 +27,10 @@ use crate::record;
 pub struct Seen {
     /// The guest.
     pub guest: GuestId,
+    /// Its name; empty if no agent here says it.
+    pub name: String,
+    /// Its instance here, apart from a standby.
+    pub place: Place,
     /// What is here of it.
     pub local: Local,
     /// What the primary agent sends of it, if it does.
@@ -32,12 +39,42 @@ pub struct Seen {
     pub listed: bool,
     /// A protection is under way or on.
     pub protecting: bool,
+    /// It is on, and its backup is lost.
+    pub degraded: bool,
     /// Last committed epoch the agents here know.
     pub epoch: EpochId,
     /// When its QEMU here last gave a sign of life.
     pub qemu: Option<Instant>,
-    /// It was shut down, or its protection ended by an operator.
-    pub ended: bool,
+    /// The agent says that the guest has a newer owner.
+    pub superseded: bool,
+    /// The last protection here is over because the guest is.
+    pub over: Option<Over>,
+    /// The failover that brought it here.
+    pub promotion: Option<FailoverReport>,
+    /// Bytes of its output that wait here.
+    pub held_bytes: Option<u64>,
+}
+
+/// Whether an instance of the guest is on a host, as libvirt says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// It is, and its QEMU answers.
+    Answers,
+    /// It is, and its QEMU does not answer.
+    Hangs,
+    /// It is not.
+    Off,
+    /// What is here is a standby, or libvirt does not say.
+    Unknown,
+}
+
+/// The end of a guest here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Over {
+    /// The generation that has ended.
+    pub generation: Generation,
+    /// Nobody has ended it: its QEMU died.
+    pub crashed: bool,
 }
 
 /// A host as the keeper uses it.
@@ -47,13 +84,21 @@ pub trait Host: Send + Sync {
     async fn look(&self, known: &[GuestId]) -> Vec<Seen>;
     /// Carries out what the protocol says (not what concerns the arbiter); gives what came of it, if that is an event.
     async fn carry_out(&self, guest: GuestId, command: Command) -> Option<Event>;
+    /// Protects a guest that runs here by the backup `to`; ends when it is protected, or cannot be.
+    async fn protect(&self, guest: GuestId, to: &str) -> Result<(), Failure>;
+    /// Starts the guest from its image here: the other host is off for sure.
+    async fn promote_fenced(&self, guest: GuestId) -> Result<(), Failure>;
+    /// Has the guest stand still behind a committed epoch; gives the epoch.
+    async fn hand_over(&self, guest: GuestId) -> Result<EpochId, Failure>;
+    /// Lets it run on after that.
+    async fn take_back(&self, guest: GuestId) -> Result<(), Failure>;
 }
 
 /// How long an agent may take over a question.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// How long a load may take.
-const LOAD: Duration = Duration::from_secs(60);
+/// How long a full copy may take before the keeper looks after other things; it goes on behind.
+const COPY: Duration = Duration::from_secs(3600);
 
 /// A host with its agents and its libvirt.
 pub struct AgentHost {
@@ -65,6 +110,27 @@ pub struct AgentHost {
     pub monitors: Arc<dyn Monitors>,
     /// Which libvirt.
     pub uri: String,
+    /// How long a load may take.
+    pub load_limit: Duration,
+    /// Protections that the keeper begins are not encrypted.
+    pub insecure: bool,
+    /// The questions to QEMUs that are not answered yet: one that hangs is not asked twice.
+    pub asked: Asked,
+}
+
+/// Guests whose QEMU has not answered yet.
+#[derive(Debug, Clone, Default)]
+pub struct Asked(Arc<Mutex<BTreeMap<GuestId, ()>>>);
+
+impl Asked {
+    /// False if a question is under way.
+    fn begin(&self, guest: GuestId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(guest, ()).is_none()
+    }
+
+    fn end(&self, guest: GuestId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&guest);
+    }
 }
 
 impl std::fmt::Debug for AgentHost {
@@ -82,20 +148,46 @@ impl AgentHost {
         Ok(AdminClient::new(tokio::time::timeout(ANSWER, connected).await.map_err(silent)??))
     }
 
+    async fn handover(&self) -> Result<HandoverClient, Failure> {
+        let channel = transport::connect_unix(&self.run_dir.join(transport::PRIMARY_SOCKET)).await?;
+        Ok(HandoverClient::new(channel))
+    }
+
     /// None if the agent does not answer: that is no news of its guests.
     async fn statuses(&self, socket: &str) -> Option<Vec<GuestStatus>> {
         let asked = async { self.agent(socket).await?.status(StatusRequest::default()).await };
         tokio::time::timeout(ANSWER, asked).await.ok()?.ok().map(|reply| reply.guests)
     }
 
-    async fn qemu_answers(&self, guest: GuestId) -> bool {
-        let monitors = Arc::clone(&self.monitors);
-        let asked = tokio::task::spawn_blocking(move || {
-            let monitor = monitors.open(guest).ok()?;
-            look::look(monitor.as_ref(), Depth::Glance).ok()
+    async fn place(&self, guest: GuestId) -> Place {
+        if !self.asked.begin(guest) {
+            return Place::Hangs;
+        }
+        let (monitors, asked) = (Arc::clone(&self.monitors), self.asked.clone());
+        let (opened_in, mut opened) = tokio::sync::oneshot::channel();
+        let asking = tokio::task::spawn_blocking(move || {
+            let place = match monitors.open(guest) {
+                Ok(monitor) => {
+                    // Nobody waits for it any more if that is not taken.
+                    let _ = opened_in.send(());
+                    match look::look(monitor.as_ref(), Depth::Glance) {
+                        Ok(_) => Place::Answers,
+                        Err(_) => Place::Hangs,
+                    }
+                }
+                Err(Trouble::Off) => Place::Off,
+                Err(Trouble::Unreachable(_) | Trouble::Refused(_)) => Place::Unknown,
+            };
+            asked.end(guest);
+            place
         });
-        // A QEMU that hangs keeps its thread; the next look asks by another.
-        matches!(tokio::time::timeout(ANSWER, asked).await, Ok(Ok(Some(_))))
+        // A QEMU that hangs keeps its thread until libvirt gives it up.
+        match tokio::time::timeout(ANSWER, asking).await {
+            Ok(Ok(place)) => place,
+            Ok(Err(_)) => Place::Unknown,
+            Err(_) if opened.try_recv().is_ok() => Place::Hangs,
+            Err(_) => Place::Unknown,
+        }
     }
 
     async fn one(
@@ -108,7 +200,8 @@ impl AgentHost {
         let state = backup.map(|status| status.state);
         let standby =
             matches!(state, Some(GuestState::Standby | GuestState::Seeding | GuestState::Promoting));
-        let runs = !standby && self.qemu_answers(guest).await;
+        let place = if standby { Place::Unknown } else { self.place(guest).await };
+        let (runs, present) = (place == Place::Answers, matches!(place, Place::Answers | Place::Hangs));
         let promoted = backup.filter(|_| state == Some(GuestState::Promoted)).map(|status| status.generation);
         let image = backup.filter(|_| matches!(state, Some(GuestState::Standby | GuestState::Promoting)));
         let image = image.and_then(|status| {
@@ -120,16 +213,30 @@ impl AgentHost {
         let sending = primary.filter(|_| protecting).and_then(|status| {
             Some(Sending { generation: status.generation, committed: status.committed_epoch? })
         });
+        // What has ended here, or was taken from here, had a generation too.
+        let said = primary.map(|status| status.generation);
+        let over = primary.filter(|_| !protecting).and_then(|status| match status.state {
+            GuestState::Ended => Some(Over { generation: status.generation, crashed: false }),
+            GuestState::Crashed => Some(Over { generation: status.generation, crashed: true }),
+            _ => None,
+        });
+        let name = [primary, backup].into_iter().flatten().map(|status| status.domain.clone()).next();
         let epoch = [primary, backup].into_iter().flatten().filter_map(|status| status.committed_epoch).max();
         Seen {
             guest,
-            local: Local { runs, image, generation: listed.max(promoted).filter(|_| runs) },
+            name: name.unwrap_or_default(),
+            place,
+            local: Local { runs, image, generation: listed.max(promoted).max(said).filter(|_| present) },
             sending,
             listed: listed.is_some(),
             protecting,
             epoch: epoch.unwrap_or(EpochId(0)),
             qemu: runs.then(Instant::now),
-            ended: !protecting && primary.is_some_and(|status| status.state == GuestState::Ended),
+            degraded: primary.is_some_and(|status| status.state == GuestState::Degraded),
+            superseded: primary.is_some_and(|status| status.state == GuestState::Superseded),
+            over,
+            promotion: backup.filter(|_| promoted.is_some()).and_then(|status| status.failover.clone()),
+            held_bytes: primary.and_then(|status| status.output_waiting_bytes),
         }
     }
 
@@ -153,6 +260,11 @@ impl AgentHost {
             confirmed => return confirmed,
         }
         // The record says that it is to run here; what was loaded for that is gone, so it is loaded again.
+        self.promote(guest).await
+    }
+
+    async fn promote(&self, guest: GuestId) -> Result<(), Failure> {
+        let mut agent = self.agent(transport::BACKUP_SOCKET).await?;
         let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: true, hold: false };
         let mut steps = match agent.failover(request).await {
             Err(failure) if failure.code == "already-promoted" => return Ok(()),
@@ -211,7 +323,7 @@ impl Host for AgentHost {
     async fn carry_out(&self, guest: GuestId, command: Command) -> Option<Event> {
         let done = match &command {
             Command::Load(_) => {
-                let loaded = tokio::time::timeout(LOAD, self.load(guest)).await;
+                let loaded = tokio::time::timeout(self.load_limit, self.load(guest)).await;
                 return Some(match loaded {
                     Ok(Ok(())) => Event::Loaded,
                     Ok(Err(failure)) => {
@@ -219,7 +331,7 @@ impl Host for AgentHost {
                         Event::LoadFailed
                     }
                     Err(_) => {
-                        warn!(%guest, limit = ?LOAD, "the claimed guest was not loaded in time");
+                        warn!(%guest, limit = ?self.load_limit, "the claimed guest was not loaded in time");
                         Event::LoadFailed
                     }
                 });
@@ -253,5 +365,34 @@ impl Host for AgentHost {
             Err(failure) => debug!(%guest, ?command, reason = failure.reason, "not done"),
         }
         None
+    }
+
+    async fn protect(&self, guest: GuestId, to: &str) -> Result<(), Failure> {
+        let mut agent = self.agent(transport::PRIMARY_SOCKET).await?;
+        let (domain, to) = (guest.to_string(), to.to_owned());
+        let request =
+            ProtectRequest { domain, to, epoch: None, insecure: self.insecure, ungated: false, goals: None };
+        let follow = async {
+            let mut steps = agent.protect(request).await?;
+            while let Some(step) = steps.next().await {
+                if step?.done {
+                    return Ok(());
+                }
+            }
+            Err(Failure::new(FailureKind::Internal, "no-end", "the full copy ended without a word"))
+        };
+        tokio::time::timeout(COPY, follow).await.unwrap_or(Ok(()))
+    }
+
+    async fn promote_fenced(&self, guest: GuestId) -> Result<(), Failure> {
+        self.promote(guest).await
+    }
+
+    async fn hand_over(&self, guest: GuestId) -> Result<EpochId, Failure> {
+        self.handover().await?.begin(guest).await
+    }
+
+    async fn take_back(&self, guest: GuestId) -> Result<(), Failure> {
+        self.handover().await?.take_back(guest).await
     }
 }

@@ -3,12 +3,21 @@
 //! One task owns every engine. What takes time (the arbiter, the agents) is done by tasks of their own, one of each per
 //! guest and in order, whose answers come back as events.
 
+mod answers;
+mod fencing;
 mod guest;
+mod handing;
+mod hands;
 mod host;
 mod paths;
+mod renew;
+mod reports;
+mod service;
 
-pub use host::{AgentHost, Host, Seen};
+pub use host::{AgentHost, Asked, Host, Over, Place, Seen};
 pub use paths::Paths;
+pub use reports::Reports;
+pub use service::{Asking, Questions, listen};
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,10 +26,13 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 use understudy_proto::heartbeat::Heartbeat;
-use understudy_proto::ids::GuestId;
+use understudy_proto::ids::{EpochId, GuestId};
+use understudy_proto::rpc::Failure;
 
 use crate::arbiter::Arbiter;
+use crate::bound::Limits;
 use crate::owner::{Event, Policies, Timing};
+use answers::Claimed;
 use guest::Kept;
 
 /// Between two looks at the agents.
@@ -38,6 +50,14 @@ pub struct Settings {
     pub policies: Policies,
     /// How long things may take.
     pub timing: Timing,
+    /// What the bound on a failover is made of beside that.
+    pub limits: Limits,
+    /// Backups for a guest that runs alone, in the order in which they are asked.
+    pub spares: Vec<String>,
+    /// Switches the other host off when the arbiter is lost.
+    pub fence: Option<Arc<crate::arbiter::FenceCommand>>,
+    /// Where takeovers are reported.
+    pub reports: Reports,
 }
 
 #[derive(Debug)]
@@ -46,6 +66,12 @@ pub(super) enum Answer {
     Looked(Vec<Seen>),
     /// A command that opens the gate is done.
     Opened(GuestId),
+    /// The arbiter was asked and has answered, or not.
+    Arbiter(GuestId, bool),
+    /// An attempt to protect the guest again is over.
+    Protected(GuestId, String, Result<(), Failure>),
+    /// The guest stands still for the other host, or does not.
+    HandedOver(GuestId, Result<EpochId, Failure>),
 }
 
 /// Keeps the guests of a host until the process ends.
@@ -57,10 +83,19 @@ pub async fn run(
     arbiter: Arc<dyn Arbiter>,
     host: Arc<dyn Host>,
     paths: Paths,
+    mut questions: Questions,
 ) -> std::io::Result<()> {
     let (outbox, mut inbox) = mpsc::channel(INBOX);
-    let mut keeper =
-        Keeper { life: life(), settings, arbiter, host, outbox, guests: BTreeMap::new(), looking: false };
+    let mut keeper = Keeper {
+        life: life(),
+        settings,
+        arbiter,
+        host,
+        outbox,
+        guests: BTreeMap::new(),
+        looking: false,
+        claimed: Vec::new(),
+    };
     info!(host = keeper.settings.host, arbiter = keeper.arbiter.name(), "guests are kept");
     let mut beat = tokio::time::interval(keeper.settings.timing.heartbeat);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -77,6 +112,7 @@ pub async fn run(
                     paths.send(&heartbeat).await;
                 }
             }
+            Some(asking) = questions.recv() => keeper.asked(asking),
             _ = look.tick() => keeper.look(),
             () = tokio::time::sleep_until(due.into()) => keeper.tick(),
         }
@@ -97,6 +133,8 @@ struct Keeper {
     outbox: mpsc::Sender<Answer>,
     guests: BTreeMap<GuestId, Kept>,
     looking: bool,
+    /// Operators who wait.
+    claimed: Vec<Claimed>,
 }
 
 impl Keeper {
@@ -126,6 +164,21 @@ impl Keeper {
                     kept.opened();
                 }
             }
+            Answer::Arbiter(guest, answered) => {
+                if let Some(kept) = self.guests.get_mut(&guest) {
+                    kept.arbiter(answered, now);
+                }
+            }
+            Answer::Protected(guest, to, result) => {
+                if let Some(kept) = self.guests.get_mut(&guest) {
+                    kept.protected(&to, result, now);
+                }
+            }
+            Answer::HandedOver(guest, result) => {
+                if let Some(kept) = self.guests.get_mut(&guest) {
+                    kept.handing.stands(result, now);
+                }
+            }
             Answer::Looked(all) => {
                 self.looking = false;
                 for seen in all {
@@ -135,6 +188,7 @@ impl Keeper {
                     });
                     kept.seen(seen, now);
                 }
+                self.tell_claimed(now);
             }
         }
     }

@@ -1,5 +1,7 @@
 //! Two keepers with heartbeats over loopback and a record they share. Only the agents are made up.
 
+mod failures;
+
 use std::sync::Mutex;
 
 use understudy_proto::ids::{EpochId, Generation, Incarnation};
@@ -8,6 +10,8 @@ use understudy_proto::rpc::Failure;
 use understudy_proto::rpc::async_trait;
 
 use super::*;
+use understudy_proto::rpc::owner::{Question, Told};
+
 use crate::owner::{Command, Image, Local, Sending};
 
 const GUEST: GuestId = GuestId(uuid::Uuid::from_u128(1));
@@ -44,16 +48,30 @@ impl Arbiter for Memory {
 }
 
 /// What is on a host, and what was done there.
-struct FakeHost(Mutex<(Seen, Vec<Command>)>);
+struct FakeHost(Mutex<(Seen, Vec<Command>)>, Mutex<Vec<String>>);
 
 impl FakeHost {
     fn new(local: Local, sending: Option<Sending>) -> Arc<Self> {
         let qemu = local.runs.then(Instant::now);
         let protecting = sending.is_some();
         let listed = protecting;
-        let seen =
-            Seen { guest: GUEST, local, sending, listed, protecting, epoch: EpochId(7), qemu, ended: false };
-        Arc::new(Self(Mutex::new((seen, Vec::new()))))
+        let seen = Seen {
+            guest: GUEST,
+            name: "g1".into(),
+            place: if local.runs { Place::Answers } else { Place::Unknown },
+            local,
+            sending,
+            listed,
+            protecting,
+            degraded: false,
+            epoch: EpochId(7),
+            qemu,
+            superseded: false,
+            over: None,
+            promotion: None,
+            held_bytes: None,
+        };
+        Arc::new(Self(Mutex::new((seen, Vec::new())), Mutex::default()))
     }
 
     fn done(&self) -> Vec<Command> {
@@ -84,9 +102,32 @@ impl Host for FakeHost {
                 kept.0.local = Local { runs: true, image: None, generation: Some(Generation(2)) };
             }
             Command::OpenGate(_) => (kept.0.protecting, kept.0.sending) = (false, None),
+            Command::DestroyGuest(_) => kept.0.local = Local::default(),
             _ => {}
         }
         None
+    }
+
+    async fn protect(&self, _: GuestId, to: &str) -> Result<(), Failure> {
+        self.1.lock().unwrap().push(format!("protect {to}"));
+        Err(Failure::new(understudy_proto::rpc::FailureKind::Unavailable, "unreachable", "nobody there"))
+    }
+
+    async fn promote_fenced(&self, _: GuestId) -> Result<(), Failure> {
+        let mut kept = self.0.lock().unwrap();
+        kept.0.local = Local { runs: true, image: None, generation: Some(Generation(2)) };
+        kept.0.place = Place::Answers;
+        Ok(())
+    }
+
+    async fn hand_over(&self, _: GuestId) -> Result<EpochId, Failure> {
+        self.1.lock().unwrap().push("hand over".to_owned());
+        Ok(EpochId(7))
+    }
+
+    async fn take_back(&self, _: GuestId) -> Result<(), Failure> {
+        self.1.lock().unwrap().push("take back".to_owned());
+        Ok(())
     }
 }
 
@@ -95,6 +136,25 @@ struct Pair {
     alpha: Arc<FakeHost>,
     beta: Arc<FakeHost>,
     keepers: Vec<tokio::task::JoinHandle<std::io::Result<()>>>,
+    /// Alpha's and beta's.
+    ask: Vec<mpsc::Sender<Asking>>,
+    folder: tempfile::TempDir,
+}
+
+fn questions() -> (mpsc::Sender<Asking>, Questions) {
+    mpsc::channel(4)
+}
+
+fn settings(host: &str, policies: Policies, timing: Timing, folder: &std::path::Path) -> Settings {
+    Settings {
+        host: host.into(),
+        policies,
+        timing,
+        limits: Limits { arbiter: Duration::from_secs(1), load: Duration::from_secs(20) },
+        fence: None,
+        spares: vec![if host == "alpha" { "beta".into() } else { "alpha".into() }],
+        reports: Reports::new(folder.join(host)),
+    }
 }
 
 async fn pair(policies: Policies) -> Pair {
@@ -115,13 +175,14 @@ async fn pair(policies: Policies) -> Pair {
     // Generous: a busy machine must not look like a death.
     let second_long = Duration::from_secs(5);
     let timing = Timing { primary_silent: second_long, backup_silent: second_long, ..Timing::default() };
-    let mut keepers = Vec::new();
+    let (mut keepers, mut ask, folder) = (Vec::new(), Vec::new(), tempfile::tempdir().unwrap());
     for (name, host, paths) in [("alpha", &alpha, first), ("beta", &beta, second)] {
-        let settings = Settings { host: name.into(), policies, timing };
+        let (settings, asked) = (settings(name, policies, timing, folder.path()), questions());
         let (arbiter, host): (Arc<dyn Arbiter>, Arc<dyn Host>) = (record.clone(), host.clone());
-        keepers.push(tokio::spawn(run(settings, arbiter, host, paths)));
+        keepers.push(tokio::spawn(run(settings, arbiter, host, paths, asked.1)));
+        ask.push(asked.0);
     }
-    let pair = Pair { record, alpha, beta, keepers };
+    let pair = Pair { record, alpha, beta, keepers, ask, folder };
     pair.until("both agree", |record| {
         matches!(&record.owner, Owner::Pair { primary, backup, .. } if primary == "alpha" && backup == "beta")
     })
@@ -162,10 +223,9 @@ async fn a_dead_primary_is_replaced_without_anybody_and_its_stale_guest_is_ended
         Some((Term(3), Generation(2)))
     );
     // The old host comes back with its guest still there.
-    let settings =
-        Settings { host: "alpha".into(), policies: Policies::default(), timing: Timing::default() };
+    let settings = settings("alpha", Policies::default(), Timing::default(), pair.folder.path());
     let paths = Paths::open("127.0.0.1:0".parse().unwrap(), vec![]).await.unwrap();
-    tokio::spawn(run(settings, pair.record.clone(), pair.alpha.clone(), paths));
+    tokio::spawn(run(settings, pair.record.clone(), pair.alpha.clone(), paths, questions().1));
     Pair::until_done(&pair.alpha, |command| matches!(command, Command::DestroyGuest(_))).await;
     assert!(!pair.alpha.done().iter().any(|command| matches!(command, Command::OpenGate(_))));
 }
@@ -193,4 +253,82 @@ async fn a_lost_backup_lets_the_primary_go_on_alone_only_if_it_may() {
     pair.keepers[1].abort();
     pair.until("alone", |record| matches!(&record.owner, Owner::Solo { owner } if owner == "alpha")).await;
     Pair::until_done(&pair.alpha, |command| matches!(command, Command::OpenGate(Term(2)))).await;
+}
+
+#[tokio::test]
+async fn the_survivor_asks_for_a_backup_and_reports_the_takeover() {
+    let pair = pair(Policies::default()).await;
+    pair.keepers[0].abort();
+    let end = Instant::now() + PATIENCE;
+    while !pair.beta.1.lock().unwrap().contains(&"protect alpha".to_owned()) {
+        assert!(Instant::now() < end, "nobody is asked; {:?}", pair.beta.done());
+        // The agent has told of the promotion, or the report would be waited for.
+        pair.beta.change(|seen| {
+            if seen.local.runs && seen.promotion.is_none() {
+                seen.promotion = Some(promotion());
+            }
+        });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let told = pair.answer(1, Question::Report).await.unwrap();
+    let json: serde_json::Value = serde_json::from_str(&told.json).unwrap();
+    assert_eq!((json["kind"].as_str(), json["epoch"].as_u64()), (Some("takeover"), Some(9)), "{json}");
+    assert!(json["suspected"].as_str().unwrap().contains("silent"), "{json}");
+}
+
+fn promotion() -> understudy_proto::rpc::admin::FailoverReport {
+    let zero = Duration::ZERO;
+    understudy_proto::rpc::admin::FailoverReport {
+        epoch: EpochId(9),
+        generation: Generation(2),
+        finish_apply: zero,
+        record: zero,
+        prepare: zero,
+        load: zero,
+        resume: zero,
+        announce: zero,
+        total: zero,
+        warnings: vec![],
+    }
+}
+
+impl Pair {
+    /// As soon as the keeper has read the record.
+    async fn granted(&self, keeper: usize, question: Question) -> Told {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.answer(keeper, question).await {
+                Ok(told) => return told,
+                Err(failure) => assert!(Instant::now() < end, "{failure}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn answer(&self, keeper: usize, question: Question) -> Result<Told, Failure> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let asking = Asking { question, domain: "g1".into(), reply };
+        assert!(self.ask[keeper].send(asking).await.is_ok());
+        tokio::time::timeout(PATIENCE, answer).await.unwrap().unwrap()
+    }
+}
+
+#[tokio::test]
+async fn a_guest_is_handed_over_and_its_home_is_known() {
+    let pair = pair(Policies::default()).await;
+    assert_eq!(pair.answer(1, Question::Switchover).await.unwrap_err().code, "not-protected");
+    let told = pair.granted(0, Question::Switchover).await;
+    assert!(told.text.contains("runs on beta"), "{}", told.text);
+    let done = pair.alpha.1.lock().unwrap().clone();
+    assert_eq!(done, ["hand over"]);
+    pair.until("at beta", |record| matches!(&record.owner, Owner::Solo { owner } if owner == "beta")).await;
+    Pair::until_done(&pair.alpha, |command| matches!(command, Command::DestroyGuest(_))).await;
+}
+
+#[tokio::test]
+async fn an_operator_claims_a_guest_whose_primary_lives() {
+    let pair = pair(Policies::default()).await;
+    assert_eq!(pair.answer(0, Question::Failover).await.unwrap_err().code, "not-standby");
+    pair.granted(1, Question::Failover).await;
+    pair.until("at beta", |record| matches!(&record.owner, Owner::Solo { owner } if owner == "beta")).await;
 }

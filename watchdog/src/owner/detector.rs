@@ -14,6 +14,12 @@ pub enum Suspicion {
     QemuSilent(Duration),
     /// It says that the guest's QEMU is gone although nobody has ended the guest, and has said so for so long.
     QemuGone(Duration),
+    /// It says that the guest's QEMU has died.
+    QemuCrashed,
+    /// It hands the guest over: planned work.
+    Yields,
+    /// An operator has asked for the guest here.
+    Operator,
 }
 
 impl std::fmt::Display for Suspicion {
@@ -22,6 +28,9 @@ impl std::fmt::Display for Suspicion {
             Self::Silent(time) => write!(f, "silent on all paths for {} ms", time.as_millis()),
             Self::QemuSilent(time) => write!(f, "its QEMU has been silent for {} ms", time.as_millis()),
             Self::QemuGone(time) => write!(f, "its QEMU has been gone for {} ms", time.as_millis()),
+            Self::QemuCrashed => f.write_str("its QEMU has died"),
+            Self::Yields => f.write_str("it hands the guest over"),
+            Self::Operator => f.write_str("an operator asks for the guest here"),
         }
     }
 }
@@ -41,11 +50,23 @@ pub(super) struct Detector {
     /// A heartbeat has said where QEMU is.
     told: bool,
     ended: bool,
+    crashed: bool,
+    yields: bool,
 }
 
 impl Detector {
     pub(super) fn new(now: Instant) -> Self {
-        Self { since: now, heard: None, newest: None, qemu: None, gone: false, told: false, ended: false }
+        Self {
+            since: now,
+            heard: None,
+            newest: None,
+            qemu: None,
+            gone: false,
+            told: false,
+            ended: false,
+            crashed: false,
+            yields: false,
+        }
     }
 
     /// The other host matters from now on.
@@ -70,12 +91,17 @@ impl Detector {
         self.newest = Some(number);
         self.heard = Some(now);
         self.told = true;
-        self.ended = heartbeat.ended;
+        (self.ended, self.crashed, self.yields) = (heartbeat.ended, heartbeat.crashed, heartbeat.yields);
         self.gone = heartbeat.qemu_age.is_none();
         if let Some(age) = heartbeat.qemu_age {
             self.qemu = Some(now.checked_sub(age).unwrap_or(self.since));
         }
         true
+    }
+
+    /// The other host, which runs the guest, hands it over.
+    pub(super) fn yields(&self) -> bool {
+        self.yields
     }
 
     /// `qemu_after`: the limit for a QEMU, if it is the other host that runs the guest and its failure matters.
@@ -90,6 +116,9 @@ impl Detector {
             return Some(Suspicion::Silent(silent));
         }
         let limit = qemu_after.filter(|_| self.told && !self.ended)?;
+        if self.crashed {
+            return Some(Suspicion::QemuCrashed);
+        }
         let silent = now.saturating_duration_since(self.last_of_qemu());
         let what = if self.gone { Suspicion::QemuGone } else { Suspicion::QemuSilent };
         (silent >= limit).then(|| what(silent))

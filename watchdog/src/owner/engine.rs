@@ -53,6 +53,8 @@ pub enum Input {
     Heartbeat(Heartbeat),
     /// The other host has sent something else that only a living one can: an epoch, an acknowledgement.
     Alive,
+    /// An operator wants the guest here, where its image is: for a while the other host counts as suspected.
+    Claim,
     /// For the protocol. Suspicion and impatience are the engine's own.
     Event(Event),
 }
@@ -80,6 +82,8 @@ pub struct Engine {
     timing: Timing,
     detector: Detector,
     suspicion: Option<Suspicion>,
+    /// An operator's claim counts until then.
+    claim_until: Option<Instant>,
     role_since: Instant,
     read_at: Instant,
     timeline: Timeline,
@@ -94,6 +98,7 @@ impl Engine {
             timing,
             detector: Detector::new(now),
             suspicion: None,
+            claim_until: None,
             role_since: now,
             read_at: now,
             timeline: Timeline::default(),
@@ -103,11 +108,6 @@ impl Engine {
     /// The part without time.
     pub fn protocol(&self) -> &Protocol {
         &self.protocol
-    }
-
-    #[cfg(test)]
-    pub(crate) fn protocol_mut(&mut self) -> &mut Protocol {
-        &mut self.protocol
     }
 
     /// Why the other host is suspected, if it is.
@@ -125,6 +125,7 @@ impl Engine {
                 self.detector.heartbeat(&heartbeat, known, now);
             }
             Input::Alive => self.detector.alive(now),
+            Input::Claim => self.claim_until = Some(now + self.timing.claim_patience),
             Input::Event(event) => self.tell(event, now, &mut out),
         }
         self.detect(now, &mut out);
@@ -168,10 +169,11 @@ impl Engine {
 
     fn detect(&mut self, now: Instant, out: &mut Vec<Output>) {
         let Some((after, qemu)) = self.watches() else {
-            self.suspicion = None;
+            (self.suspicion, self.claim_until) = (None, None);
             return;
         };
-        match (self.detector.suspicion(after, qemu, now), self.suspicion) {
+        let found = self.detector.suspicion(after, qemu, now).or_else(|| self.wanted_here(now));
+        match (found, self.suspicion) {
             (Some(found), None) => {
                 self.suspicion = Some(found);
                 self.timeline.suspected(found, self.detector.last(), now);
@@ -186,6 +188,15 @@ impl Engine {
             }
             _ => {}
         }
+    }
+
+    /// Somebody wants the guest to run here, though nothing has failed.
+    fn wanted_here(&self, now: Instant) -> Option<Suspicion> {
+        if !matches!(self.protocol.role(), Role::Standby | Role::Claiming) {
+            return None;
+        }
+        let operator = self.claim_until.is_some_and(|until| now < until).then_some(Suspicion::Operator);
+        operator.or_else(|| self.detector.yields().then_some(Suspicion::Yields))
     }
 
     fn tell(&mut self, event: Event, now: Instant, out: &mut Vec<Output>) {

@@ -14,7 +14,7 @@ mod report;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
-mod sim;
+mod tests;
 
 pub use detector::Suspicion;
 pub use engine::{Engine, Input, Output, Timing};

@@ -27,6 +27,8 @@ pub struct Protocol {
     /// The newest record read.
     record: Option<Ownership>,
     local: Local,
+    /// Generation of the guest under the newest record by which it ran here.
+    led: Option<Generation>,
     /// A claim of the other host has waited long enough.
     impatient: bool,
     /// What the backup has committed of the guest that runs here.
@@ -46,6 +48,7 @@ impl Protocol {
             role: Role::Unknown,
             record: None,
             local: Local::default(),
+            led: None,
             impatient: false,
             seeded: None,
             ended: false,
@@ -135,6 +138,9 @@ impl Protocol {
             let epoch = self.seeded.as_ref().map(|seeded| seeded.epoch).or(record.epoch);
             Some(Ownership { term: record.term.next(), generation, epoch, owner })
         };
+        if let Some(generation) = self.promoted_by_hand(record) {
+            return next(generation, Owner::Solo { owner: me() });
+        }
         match (&self.role, &record.owner) {
             (Role::Asking, Owner::Pair { primary, .. }) if *primary == self.me && self.local.runs => {
                 next(record.generation, Owner::Solo { owner: me() })
@@ -180,6 +186,18 @@ impl Protocol {
         }
     }
 
+    /// An operator has vouched for the other host being off and started the guest here: it runs as a generation that no
+    /// record has given out. The record follows.
+    fn promoted_by_hand(&self, record: &Ownership) -> Option<Generation> {
+        let generation = self.local.generation.filter(|_| self.local.runs)?;
+        let elsewhere = match &record.owner {
+            Owner::Pair { primary: owner, .. } | Owner::Solo { owner } => *owner != self.me,
+            Owner::Claim { .. } => true,
+            Owner::Ended { .. } => false,
+        };
+        (elsewhere && generation > record.generation).then_some(generation)
+    }
+
     fn pair(&self, seeded: &Seeded) -> Owner {
         let (primary, backup) = (self.me.clone(), seeded.backup.clone());
         Owner::Pair { primary, backup, incarnation: seeded.incarnation }
@@ -216,13 +234,15 @@ impl Protocol {
         }
     }
 
-    /// Whether an instance runs here that is older than what the record says runs elsewhere. One whose generation is not
-    /// known is left alone: the record may be of a past in which this host had no part.
+    /// Whether an instance runs here that is older than what the record says runs elsewhere. One whose generation nobody
+    /// knows is what ran here by an earlier record; without one it is left alone: the record may be of a past in which this
+    /// host had no part.
     fn outlived(&self) -> bool {
         let Some(record) = self.record.as_ref().filter(|_| self.local.runs) else { return false };
         match &record.owner {
             Owner::Pair { primary: owner, .. } | Owner::Solo { owner } => {
-                *owner != self.me && self.local.generation.is_some_and(|known| known < record.generation)
+                let known = self.local.generation.or(self.led);
+                *owner != self.me && known.is_some_and(|known| known < record.generation)
             }
             // While it is only claimed the owner of the past may get it back.
             Owner::Claim { .. } | Owner::Ended { .. } => false,
@@ -287,6 +307,14 @@ impl Protocol {
     /// Makes the role fit the record.
     fn settle(&mut self, out: &mut Vec<Command>) {
         let Some(Ownership { term, owner, generation, .. }) = self.record.clone() else { return };
+        match &owner {
+            Owner::Pair { primary: at, .. } | Owner::Claim { from: at, .. } | Owner::Solo { owner: at }
+                if *at == self.me =>
+            {
+                self.led = Some(generation);
+            }
+            _ => {}
+        }
         match owner {
             Owner::Solo { owner } if owner == self.me => self.alone(term, out),
             Owner::Claim { by, incarnation, .. } if by == self.me => {
@@ -369,7 +397,13 @@ impl Protocol {
     /// The record says Solo, and it is this host.
     fn alone(&mut self, term: Term, out: &mut Vec<Command>) {
         match self.role {
-            Role::Solo => return,
+            Role::Solo => {
+                // What was asked for has failed: the image is still here, and nobody else may run the guest.
+                if !self.local.runs && !self.ended && self.local.image.is_some() {
+                    out.push(Command::Activate(term));
+                }
+                return;
+            }
             // The term this copy began under; only the next one says more.
             Role::Seeding { since, .. } | Role::Recovering { since } if since == term => return,
             Role::Unknown => {

@@ -17,7 +17,7 @@ mod tree;
 
 pub use command::Command;
 pub use error::MetadataError;
-pub use protect::{DiskPolicy, EPOCH_MAX, EPOCH_MIN, NicPolicy, Output, Protect, asks_to_be_required};
+pub use protect::{DiskPolicy, EPOCH_MAX, EPOCH_MIN, Epoch, NicPolicy, Output, Protect, asks_to_be_required};
 pub use state::State;
 
 /// Namespace of the element that switches protection on.

@@ -29,8 +29,8 @@ pub struct Protect {
     pub enabled: bool,
     /// The backup, as `HOST` or `HOST:PORT`; empty only if not enabled.
     pub backup: String,
-    /// Length of an epoch; `None` (`auto`, or nothing said) leaves it to the agent.
-    pub epoch: Option<Duration>,
+    /// Length of an epoch; `None` leaves it to the agent.
+    pub epoch: Option<Epoch>,
     /// The domain is not to be started where it cannot be protected.
     pub required: bool,
     /// Replication without TLS is allowed.
@@ -41,6 +41,15 @@ pub struct Protect {
     pub disks: Vec<DiskPolicy>,
     /// Network cards that have a policy of their own.
     pub nics: Vec<NicPolicy>,
+}
+
+/// How long an epoch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Epoch {
+    /// As long as is found to be best while epochs run.
+    Auto,
+    /// Always so long.
+    Fixed(Duration),
 }
 
 /// What becomes of network output.
@@ -116,7 +125,7 @@ impl Protect {
         let mut wanted = Self {
             enabled,
             backup: node.attribute("backup").map_or(Ok(String::new()), backup)?,
-            epoch: node.attribute("epoch").map_or(Ok(None), epoch)?,
+            epoch: node.attribute("epoch").map(epoch).transpose()?,
             required: flag("required")?,
             insecure: flag("insecure")?,
             output: match node.attribute("output") {
@@ -254,9 +263,9 @@ fn backup(value: &str) -> Result<String, MetadataError> {
     Ok(value.to_owned())
 }
 
-fn epoch(value: &str) -> Result<Option<Duration>, MetadataError> {
+fn epoch(value: &str) -> Result<Epoch, MetadataError> {
     if value == "auto" {
-        return Ok(None);
+        return Ok(Epoch::Auto);
     }
     let number = |text: &str, unit: u64| text.parse::<u64>().ok().and_then(|n| n.checked_mul(unit));
     let millis = match (value.strip_suffix("ms"), value.strip_suffix('s')) {
@@ -265,7 +274,7 @@ fn epoch(value: &str) -> Result<Option<Duration>, MetadataError> {
         (None, None) => None,
     };
     match millis.map(Duration::from_millis) {
-        Some(epoch) if (EPOCH_MIN..=EPOCH_MAX).contains(&epoch) => Ok(Some(epoch)),
+        Some(epoch) if (EPOCH_MIN..=EPOCH_MAX).contains(&epoch) => Ok(Epoch::Fixed(epoch)),
         _ => {
             let (min, max) = (EPOCH_MIN.as_millis(), EPOCH_MAX.as_secs());
             let unit = if value.bytes().all(|byte| byte.is_ascii_digit()) && !value.is_empty() {

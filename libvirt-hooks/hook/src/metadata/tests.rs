@@ -35,7 +35,9 @@ fn everything_can_be_said() {
         required='yes' insecure='yes' output='ungated'><!-- why --><p:disk target='vda' policy='buffer'/>
         <p:disk target='sdb' policy='ignore'/><p:nic mac='52:54:00:AB:cd:ef' policy='gate'/></p:protect>";
     let wanted = Protect::in_domain(&domain(xml)).unwrap().unwrap();
-    assert_eq!(wanted.epoch, Some(Duration::from_millis(25)));
+    assert_eq!(wanted.epoch, Some(Epoch::Fixed(Duration::from_millis(25))));
+    let auto = Protect::in_domain(&domain(&xml.replace("25ms", "auto"))).unwrap().unwrap();
+    assert_eq!(auto.epoch, Some(Epoch::Auto));
     assert!(wanted.required && wanted.insecure && wanted.output == Output::Ungated);
     assert_eq!(wanted.disks.len(), 2);
     assert!(wanted.disks[0].replicated && !wanted.disks[1].replicated);

@@ -1,0 +1,140 @@
+//! Nobody is asked: the watchdogs of the hosts and a witness decide who runs a guest.
+
+mod keeping;
+mod partitions;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use super::{Scenario, up};
+use crate::lab::Lab;
+use crate::lab::plan::{HostName, Link, Net};
+use crate::lab::understudy::Role;
+use HostName::{Alpha, Beta};
+use keeping::Keeping;
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    ("owner: a power cut, protected again, home again, and to the other host, without anybody", round),
+    ("owner: witness lost, link cut, QEMU hangs, QEMU dies, agent dies, one after the other", in_turn),
+];
+
+/// Too long for every run: `cargo xtask campaign owner`.
+pub(super) const ON_REQUEST: &[Scenario] = &[
+    ("owner-more: three times from host to host and back", |lab| rounds(lab, 3)),
+    ("owner-more: the witness and then the primary are lost", partitions::witness_then_primary),
+    ("owner-more: the primary is cut off from everything", partitions::cut_off),
+    ("owner-more: the agent stands still and goes on", partitions::agent_stands_still),
+    ("owner-more: the backup is lost and back, output is held", |lab| partitions::backup_lost(lab, "hold")),
+    ("owner-more: the backup is lost and back, the guest goes on alone", |lab| {
+        partitions::backup_lost(lab, "solo")
+    }),
+    ("owner-more: both hosts are lost and back", partitions::both_lost),
+];
+
+const WITNESS_ON: Net = Net::Mgmt;
+
+fn round(lab: &Lab) -> Result<()> {
+    let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
+    power_cut(&mut keeping, Alpha)?;
+    let report = keeping.report(Beta)?;
+    let bound = lab.must_understudy(Beta, &["explain", "g1", "--json"])?;
+    let bound: serde_json::Value = serde_json::from_str(&bound)?;
+    println!("    {report}");
+    ensure!(report["kind"] == "takeover" && report["epoch"].is_u64(), "{report}");
+    ensure!(report["total_ms"].as_u64() <= bound["bound_ms"].as_u64(), "{report}, but {bound}");
+    up(lab, Alpha)?;
+    keeping.watch(Alpha)?;
+    keeping.paired(Beta)?;
+    moved(&mut keeping, "failback", Beta)?;
+    moved(&mut keeping, "switchover", Alpha)?;
+    keeping.spoke(&[Alpha, Beta, Alpha, Beta])
+}
+
+fn rounds(lab: &Lab, count: usize) -> Result<()> {
+    let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
+    let mut order = vec![Alpha];
+    for _ in 0..count {
+        power_cut(&mut keeping, Alpha)?;
+        up(lab, Alpha)?;
+        keeping.watch(Alpha)?;
+        keeping.paired(Beta)?;
+        moved(&mut keeping, "failback", Beta)?;
+        order.extend([Beta, Alpha]);
+    }
+    keeping.spoke(&order)
+}
+
+fn power_cut(keeping: &mut Keeping, of: HostName) -> Result<()> {
+    keeping.lab.power_off(of)?;
+    keeping.taken_over(of, Instant::now(), "power cut")
+}
+
+/// As planned work, after which the host it leaves is its backup.
+fn moved(keeping: &mut Keeping, command: &str, from: HostName) -> Result<()> {
+    let began = Instant::now();
+    let said = keeping.lab.must_understudy(from, &[command, "g1"])?;
+    println!("    {command}: {} ({} ms)", said.trim(), began.elapsed().as_millis());
+    keeping.taken_over(from, began, command)?;
+    keeping.paired(from.other())
+}
+
+fn in_turn(lab: &Lab) -> Result<()> {
+    let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
+    keeping.witness_down()?;
+    keeping.wait_said(Alpha, "the arbiter gives no answer")?;
+    keeping.answers_since(Instant::now())?;
+    keeping.witness_up()?;
+    link_cut(&mut keeping)?;
+    let moment = Instant::now();
+    lab.shell(Alpha, "kill -STOP $(cat /run/libvirt/qemu/g1.pid)")?;
+    keeping.taken_over(Alpha, moment, "QEMU hangs")?;
+    // What hung is ended, and its host is the backup.
+    keeping.paired(Beta)?;
+    let moment = Instant::now();
+    lab.shell(Beta, "kill -KILL $(cat /run/libvirt/qemu/g1.pid)")?;
+    keeping.taken_over(Beta, moment, "QEMU dies")?;
+    keeping.paired(Alpha)?;
+    lab.kill_agent(Alpha, Role::Primary)?;
+    lab.wait_agent(Alpha, Role::Primary)?;
+    keeping.protected(Alpha)?;
+    keeping.answers_since(Instant::now())?;
+    for host in HostName::ALL {
+        let said = keeping.said_since(host);
+        ensure!(
+            !said.contains("the guest was taken over"),
+            "after the death of an agent {host} said\n{said}"
+        );
+    }
+    keeping.spoke(&[Alpha, Beta, Alpha])
+}
+
+/// Heartbeats go another way: nothing changes hands, and protection goes on where it was, without a full copy.
+fn link_cut(keeping: &mut Keeping) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(60);
+    let (lab, repl) = (keeping.lab, Link { net: Net::Repl, host: None });
+    let copies = keeping.protected(Alpha)?;
+    lab.cut(repl)?;
+    lab.wait_status((Alpha, Role::Primary), "g1", LIMIT, |status| status.state() == "degraded")?;
+    lab.heal(repl)?;
+    let again = keeping.protected(Alpha)?;
+    ensure!(again == copies, "{copies} full copies before a link was cut, {again} after");
+    keeping.answers_since(Instant::now()).map(drop)
+}
+
+/// QEMU dies, now here and now there; gives the report of every takeover.
+pub(crate) fn takeovers(lab: &Lab, count: usize) -> Result<Vec<serde_json::Value>> {
+    let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
+    let mut on = Alpha;
+    (0..count)
+        .map(|_| {
+            let moment = Instant::now();
+            lab.shell(on, "kill -KILL $(cat /run/libvirt/qemu/g1.pid)")?;
+            keeping.taken_over(on, moment, "QEMU dies")?;
+            on = on.other();
+            let report = keeping.report(on)?;
+            keeping.paired(on)?;
+            Ok(report)
+        })
+        .collect()
+}

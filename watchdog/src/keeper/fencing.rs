@@ -1,0 +1,101 @@
+//! What stands in for an arbiter that is lost: the other host is switched off, and that is the licence.
+//!
+//! It is not the arbiter's word: a primary that has gone on alone before the arbiter was lost has let out what no image
+//! holds. So it is for pairs whose primary never does that (`--on-lost-backup hold`).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::{error, info, warn};
+use understudy_proto::ids::GuestId;
+
+use crate::arbiter::{FenceCommand, FenceOutcome};
+use crate::keeper::Host;
+use crate::owner::{Role, Suspicion};
+
+/// How long the arbiter must have been silent: longer than one that is only being restarted.
+const ARBITER_SILENT: Duration = Duration::from_secs(5);
+
+/// Between two attempts.
+const AGAIN: Duration = Duration::from_secs(30);
+
+/// Whether and when the other host is to be switched off for a guest.
+#[derive(Debug, Default)]
+pub(super) struct Fencing {
+    command: Option<Arc<FenceCommand>>,
+    /// Since when the arbiter has given no answer.
+    silent_since: Option<Instant>,
+    again: Option<Instant>,
+}
+
+impl Fencing {
+    pub(super) fn new(command: Option<Arc<FenceCommand>>) -> Self {
+        Self { command, ..Self::default() }
+    }
+
+    /// The arbiter has answered, or not.
+    pub(super) fn arbiter(&mut self, answered: bool, now: Instant) {
+        self.silent_since = if answered { None } else { self.silent_since.or(Some(now)) };
+    }
+
+    /// The command to run now, if the other host is to be switched off: it is silent on all paths, and so is the arbiter.
+    pub(super) fn due(
+        &mut self,
+        role: &Role,
+        suspicion: Option<Suspicion>,
+        now: Instant,
+    ) -> Option<Arc<FenceCommand>> {
+        let command = self.command.as_ref()?;
+        let silent =
+            self.silent_since.is_some_and(|since| now.saturating_duration_since(since) >= ARBITER_SILENT);
+        let wanted = *role == Role::Claiming && matches!(suspicion, Some(Suspicion::Silent(_))) && silent;
+        if !wanted || self.again.is_some_and(|again| now < again) {
+            return None;
+        }
+        self.again = Some(now + command.timeout + AGAIN);
+        Some(Arc::clone(command))
+    }
+}
+
+/// Success alone is a licence.
+pub(super) async fn fence_and_promote(guest: GuestId, command: Arc<FenceCommand>, host: Arc<dyn Host>) {
+    warn!(%guest, program = %command.program.display(), "the arbiter and the other host are silent: it is to be switched off");
+    match command.fence().await {
+        FenceOutcome::Fenced => {
+            info!(%guest, "the other host is off; the guest is started here");
+            if let Err(failure) = host.promote_fenced(guest).await {
+                error!(%guest, reason = failure.reason, "the guest cannot be started");
+            }
+        }
+        FenceOutcome::Refused(why) | FenceOutcome::Unknown(why) => {
+            error!(%guest, why, "no licence: make sure that the other host is off, then run `understudy failover --i-have-fenced`");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_silence_of_both_is_a_reason() {
+        let command = FenceCommand { program: "f".into(), options: vec![], timeout: Duration::from_secs(20) };
+        let mut fencing = Fencing::new(Some(Arc::new(command)));
+        let (start, silent) = (Instant::now(), Some(Suspicion::Silent(Duration::from_secs(2))));
+        let at = |seconds| start + Duration::from_secs(seconds);
+        fencing.arbiter(false, start);
+        assert!(fencing.due(&Role::Claiming, silent, at(4)).is_none(), "it may be being restarted");
+        assert!(
+            fencing.due(&Role::Claiming, Some(Suspicion::QemuCrashed), at(6)).is_none(),
+            "its host lives"
+        );
+        assert!(fencing.due(&Role::Protected, silent, at(6)).is_none(), "nothing is claimed");
+        assert!(fencing.due(&Role::Claiming, silent, at(6)).is_some());
+        assert!(fencing.due(&Role::Claiming, silent, at(7)).is_none(), "one at a time");
+        assert!(fencing.due(&Role::Claiming, silent, at(57)).is_some());
+        fencing.arbiter(true, at(58));
+        fencing.arbiter(false, at(120));
+        assert!(fencing.due(&Role::Claiming, silent, at(121)).is_none(), "it has answered meanwhile");
+        assert!(Fencing::new(None).due(&Role::Claiming, silent, at(200)).is_none());
+    }
+}

@@ -1,0 +1,54 @@
+//! What the interleavings do not reach: they have no agents that fail or forget.
+
+use understudy_proto::ids::{EpochId, Generation, Incarnation};
+use understudy_proto::ownership::{Owner, Ownership, Term};
+
+use super::*;
+
+fn record(term: u64, generation: u64, owner: Owner) -> Event {
+    let (term, generation) = (Term(term), Generation(generation));
+    Event::Record(Some(Ownership { term, generation, epoch: Some(EpochId(1)), owner }))
+}
+
+fn pair(primary: &str, backup: &str) -> Owner {
+    let incarnation = Incarnation(uuid::Uuid::from_u128(1));
+    Owner::Pair { primary: primary.into(), backup: backup.into(), incarnation }
+}
+
+fn solo(owner: &str) -> Owner {
+    Owner::Solo { owner: owner.into() }
+}
+
+#[test]
+fn a_confirmed_guest_that_could_not_be_started_is_started_again() {
+    let mut dog = Protocol::new("b", Policies::default());
+    let image = Image { incarnation: Incarnation(uuid::Uuid::from_u128(1)), generation: Generation(1) };
+    dog.step(Event::Local(Local { image: Some(image), ..Local::default() }));
+    dog.step(record(1, 1, pair("a", "b")));
+    dog.step(Event::Suspect);
+    let incarnation = image.incarnation;
+    let claim = Owner::Claim { by: "b".into(), from: "a".into(), incarnation };
+    dog.step(record(2, 1, claim));
+    dog.step(Event::Loaded);
+    let activate = Command::Activate(Term(3));
+    assert!(dog.step(record(3, 2, solo("b"))).contains(&activate));
+    // Nothing has changed here: the agent has failed at it and holds the image as before.
+    assert_eq!(dog.step(record(3, 2, solo("b"))), [activate]);
+    dog.step(Event::Local(Local { runs: true, image: None, generation: Some(Generation(2)) }));
+    assert_eq!(dog.step(record(3, 2, solo("b"))), []);
+}
+
+#[test]
+fn an_instance_whose_generation_nobody_knows_any_more_is_what_ran_here_before() {
+    let running = |generation| Event::Local(Local { runs: true, image: None, generation });
+    let mut dog = Protocol::new("a", Policies::default());
+    dog.step(running(Some(Generation(1))));
+    dog.step(record(1, 1, pair("a", "b")));
+    // The agent was told that it is superseded, forgot the guest, and was started anew.
+    dog.step(running(None));
+    assert!(dog.step(record(3, 2, solo("b"))).contains(&Command::DestroyGuest(Term(3))));
+    // A host that never had it touches nothing.
+    let mut dog = Protocol::new("a", Policies::default());
+    dog.step(running(None));
+    assert_eq!(dog.step(record(3, 2, solo("b"))), []);
+}
