@@ -60,7 +60,6 @@ const SCENARIOS: &[&[Scenario]] = &[
     failover::SCENARIOS,
     output::SCENARIOS,
     owner::SCENARIOS,
-    traffic::SCENARIOS,
     verified::SCENARIOS,
     metadata::SCENARIOS,
 ];
@@ -69,7 +68,7 @@ const SCENARIOS: &[&[Scenario]] = &[
 const VARIANTS: &[&[Scenario]] = &[exactness::ON_REQUEST, failover::ON_REQUEST];
 
 /// Played when they are asked for by name, as campaigns do.
-const LONG: &[&[Scenario]] = &[verified::ON_REQUEST, owner::ON_REQUEST];
+const LONG: &[&[Scenario]] = &[verified::ON_REQUEST, owner::ON_REQUEST, traffic::ON_REQUEST];
 
 /// How long a guest may take until it answers.
 const UP: Duration = Duration::from_secs(120);

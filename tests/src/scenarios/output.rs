@@ -22,6 +22,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     ("output: nothing leaves before the backup has the epoch", nothing_leaves_early),
     ("output: agent killed, no frame on the wire meanwhile, none lost after", agent_killed),
     ("output: unprotect loses no frame", unprotect),
+    ("output: connections survive a power cut, and what they hear never goes back", connections),
     ("output: an agent that stood still while its guest was promoted lets nothing out", stood_still),
     ("output: backup lost, output is held and comes when it is back", backup_lost),
     ("output: an interface that cannot be gated is refused, and let through only when told so", ungated),
@@ -118,6 +119,50 @@ fn unprotect(lab: &Lab) -> Result<()> {
     // And it can be protected again.
     lab.protect("g1", Alpha)?;
     advances(lab, LIMIT)
+}
+
+/// Some say nothing while the power fails, others ask all the time.
+fn connections(lab: &Lab) -> Result<()> {
+    const IDLE: usize = 20;
+    const BUSY: usize = 5;
+    let boot = protected(lab, &[], LIMIT)?.count()?.boot;
+    let connect = || Guest::connect(lab.dir(), "g1", LIMIT);
+    let mut idle = (0..IDLE).map(|_| connect()).collect::<Result<Vec<_>>>()?;
+    for guest in &mut idle {
+        guest.count()?;
+    }
+    let resumed = AtomicBool::new(false);
+    let ask = || -> Result<u64> {
+        let (mut guest, mut last, mut answers) = (connect()?, 0, 0);
+        loop {
+            // A connection that is reset, and an answer that does not come, are errors here.
+            let after = resumed.load(Ordering::SeqCst);
+            let count = guest.count()?;
+            ensure!(count.total >= last, "{} was heard after {last}", count.total);
+            ensure!(count.boot == boot, "the guest was started anew");
+            (last, answers) = (count.total, answers + 1);
+            if after {
+                return Ok(answers);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let busy: Vec<_> = (0..BUSY).map(|_| scope.spawn(ask)).collect();
+        std::thread::sleep(Duration::from_secs(2));
+        let failover = lab.power_off(Alpha).and_then(|()| lab.failover("g1", Beta).map(drop));
+        resumed.store(true, Ordering::SeqCst);
+        let mut answers = 0;
+        for asking in busy {
+            answers += asking.join().unwrap_or_else(|_| anyhow::bail!("a client panicked"))?;
+        }
+        failover?;
+        println!("    {IDLE} idle and {BUSY} busy connections live on, {answers} answers");
+        Ok::<_, anyhow::Error>(())
+    })?;
+    for guest in &mut idle {
+        ensure!(guest.count()?.boot == boot, "the guest was started anew");
+    }
+    Ok(())
 }
 
 /// The old host never notices the promotion: its agent is stopped before, and wakes up after.
