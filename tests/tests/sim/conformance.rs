@@ -214,6 +214,21 @@ mod tests {
         assert!(accept(&steps(&[("a", "king", 1)])).unwrap_err().contains("no role"));
     }
 
+    /// For the logs of a lab: `UNDERSTUDY_SIM_LOGS=folder`, which has those of both hosts' watchdogs.
+    #[test]
+    fn logs_that_are_given_are_accepted() {
+        let Some(folder) = std::env::var_os("UNDERSTUDY_SIM_LOGS") else { return };
+        let mut steps = Vec::new();
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.to_string_lossy().ends_with("watchdog.log") {
+                steps.extend(parse(&std::fs::read_to_string(path).unwrap()));
+            }
+        }
+        assert!(!steps.is_empty(), "no watchdog says what it takes its host for");
+        assert_eq!(accept(&steps), Ok(()));
+    }
+
     #[test]
     fn steps_are_read_from_a_log() {
         let log = "2026-01-02T03:04:05.6Z  INFO understudy_watchdog::keeper: guests are kept host=\"a\" arbiter=\"w\"\n\

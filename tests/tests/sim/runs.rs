@@ -127,12 +127,14 @@ fn planted_bugs_are_found_within_a_thousand_seeds() {
     });
 }
 
-/// For looking at one world: `UNDERSTUDY_SIM_TRACE=seed`.
+/// For looking at one world: `UNDERSTUDY_SIM_TRACE=seed`, and `UNDERSTUDY_SIM_BUG=n` for the nth that is planted.
 #[test]
 fn a_seed_that_is_asked_for_is_told() {
     let seed = number("UNDERSTUDY_SIM_TRACE", 0);
     if seed > 0 {
-        let mut world = World::new(seed, Bug::None, true);
+        let nth = usize::try_from(number("UNDERSTUDY_SIM_BUG", 0)).unwrap();
+        let bug = nth.checked_sub(1).map_or(Bug::None, |at| PLANTED[at]);
+        let mut world = World::new(seed, bug, true);
         let result = world.live();
         println!("{}\n{result:?}", world.trace().join("\n"));
     }

@@ -48,6 +48,9 @@ pub(crate) const CHAOS: u64 = 14_000;
 /// By so much later the guest must be served again.
 pub(crate) const HEAL: u64 = 150_000;
 
+/// More never happens in a world, unless something goes round in circles.
+const EVENTS: u64 = 120_000;
+
 /// What is going to happen.
 #[derive(Debug)]
 pub(crate) enum What {
@@ -189,8 +192,15 @@ impl World {
     /// # Errors
     /// What was violated, and when.
     pub(crate) fn live(&mut self) -> Result<Seen, String> {
+        let mut events = 0;
         while let Some((when, what)) = self.queue.pop() {
             self.now = when;
+            events += 1;
+            if events > EVENTS {
+                return Err(format!(
+                    "at {when} ms: {EVENTS} things have happened, the last one was {what:?}"
+                ));
+            }
             if self.chaos && when >= CHAOS {
                 self.heal();
             }

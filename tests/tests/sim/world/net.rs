@@ -266,7 +266,9 @@ impl World {
         if self.net.is_cut(Cut::Witness(h)) || self.seldom(25) {
             return;
         }
-        if self.seldom(25) {
+        // A copy is complete: what its host asks for now must not count in another life.
+        let paired = matches!(new.owner, Owner::Pair { .. });
+        if self.seldom(if paired { 6 } else { 25 }) {
             // Who has asked dies, and its question arrives when its next life is there.
             let later = 300 + self.below(1500);
             self.after(later, What::Swap(Box::new(new.clone())));

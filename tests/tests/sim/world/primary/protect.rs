@@ -19,6 +19,9 @@ use crate::bugs::Bug;
 impl World {
     /// What an agent does at its start: frees the guest, takes up what was protected.
     pub(in crate::world) fn begin_primary(&mut self, h: usize) {
+        if self.protection(h).is_some() {
+            return;
+        }
         if let Some(qemu) = &mut self.hosts[h].qemu
             && qemu.kind == Kind::Active
         {
