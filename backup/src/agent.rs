@@ -16,8 +16,8 @@ use understudy_proto::control::Role;
 use understudy_proto::ids::{GuestId, Incarnation};
 use understudy_proto::negotiate::{self, Offer};
 use understudy_proto::rpc::admin::{
-    ConfirmRequest, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply,
-    UnprotectRequest,
+    AgentRole, ConfirmRequest, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest,
+    UnprotectReply, UnprotectRequest,
 };
 use understudy_proto::rpc::epoch::{
     BackupMessage, GuestRecord, Hello, PrimaryMessage, ProbeReply, ProbeRequest, Refused, RefusedCode,
@@ -119,11 +119,23 @@ impl Agent {
         guest
     }
 
-    fn find(&self, key: &str) -> Result<Guest, Failure> {
+    /// By name, UUID or, by asking libvirt, id.
+    async fn find(&self, key: &str) -> Result<Guest, Failure> {
+        let known = self.find_known(key);
+        let (Err(failure), Ok(id)) = (&known, key.parse::<u32>()) else { return known };
+        let promoter = Arc::clone(&self.tools.promoter);
+        match blocking(move || promoter.by_id(id)).await {
+            Ok(Some(guest)) if failure.kind == FailureKind::NotFound => self.find_known(&guest.to_string()),
+            _ => known,
+        }
+    }
+
+    fn find_known(&self, key: &str) -> Result<Guest, Failure> {
+        let uuid = key.parse::<uuid::Uuid>().ok().map(GuestId);
         let mut found: Vec<_> = self
             .lock()
             .iter()
-            .filter(|(id, guest)| id.to_string() == key || guest.status().domain == key)
+            .filter(|(id, guest)| Some(**id) == uuid || guest.status().domain == key)
             .map(|(_, guest)| guest.clone())
             .collect();
         // Of a guest whose protection ended only the generation is left; a name means one that is more than that.
@@ -149,9 +161,9 @@ impl Agent {
         }
     }
 
-    fn statuses(&self, request: &StatusRequest) -> Result<StatusReply, Failure> {
+    async fn statuses(&self, request: &StatusRequest) -> Result<StatusReply, Failure> {
         let mut guests = match &request.domain {
-            Some(key) => vec![self.find(key)?.status()],
+            Some(key) => vec![self.find(key).await?.status()],
             None => {
                 // What is no longer protected is shown only to those who ask for it by name.
                 let guests = self.lock();
@@ -159,7 +171,7 @@ impl Agent {
             }
         };
         guests.sort_by(|a, b| (&a.domain, a.uuid).cmp(&(&b.domain, b.uuid)));
-        Ok(StatusReply { guests, host: self.identity.host.clone() })
+        Ok(StatusReply { guests, host: self.identity.host.clone(), role: AgentRole::Backup })
     }
 
     /// What must be known before the owner of the guest sees the stream.
@@ -317,21 +329,26 @@ impl AdminService for Operator {
     }
 
     async fn unprotect(&self, request: UnprotectRequest) -> Result<UnprotectReply, Failure> {
-        let what = self.0.find(&request.domain)?.release().await?;
+        let what = self.0.find(&request.domain).await?.release().await?;
         Ok(UnprotectReply { text: format!("protection of {} was ended here: {what}", request.domain) })
     }
 
     async fn status(&self, request: StatusRequest) -> Result<StatusReply, Failure> {
-        self.0.statuses(&request)
+        self.0.statuses(&request).await
     }
 
     async fn watch(&self, request: StatusRequest) -> Result<FallibleStream<StatusReply>, Failure> {
         // Whether the request makes sense is answered at once.
-        self.0.statuses(&request)?;
+        let first = self.0.statuses(&request).await?;
+        // An id is gone with its domain; what was meant by it is not.
+        let domain = request.domain.and(first.guests.first()).map(|guest| guest.uuid.to_string());
         let (agent, mut last) = (Arc::clone(&self.0), None);
         let ticks = IntervalStream::new(tokio::time::interval(WATCH_INTERVAL));
-        Ok(Box::pin(ticks.filter_map(move |_| {
-            let reply = agent.statuses(&request);
+        let replies = ticks.then(move |_| {
+            let (agent, domain) = (Arc::clone(&agent), domain.clone());
+            async move { agent.statuses(&StatusRequest { domain }).await }
+        });
+        Ok(Box::pin(replies.filter_map(move |reply| {
             if last.as_ref() == Some(&reply) {
                 return None;
             }
@@ -341,11 +358,11 @@ impl AdminService for Operator {
     }
 
     async fn confirm(&self, request: ConfirmRequest) -> Result<(), Failure> {
-        self.0.find(&request.domain)?.confirm(request.proceed).await
+        self.0.find(&request.domain).await?.confirm(request.proceed).await
     }
 
     async fn failover(&self, request: FailoverRequest) -> Result<FallibleStream<Progress>, Failure> {
-        let guest = self.0.find(&request.domain)?;
+        let guest = self.0.find(&request.domain).await?;
         let (asking, mut progress) = mpsc::channel(PROGRESS);
         guest.failover(request.i_have_fenced, request.hold, asking).await?;
         // A refusal is the answer to the call itself, not the first item of a stream.

@@ -3,7 +3,7 @@
 use clap::Parser;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use understudy_proto::rpc::transport::{self, Security, TlsFiles};
+use understudy_proto::rpc::transport::{self, AdminTcp, Security, TlsFiles};
 
 /// The Understudy agent of a backup host: holds the images of guests that run elsewhere and starts them when told.
 #[derive(Debug, Clone, Parser)]
@@ -13,7 +13,7 @@ pub struct Config {
     #[arg(long, value_name = "ADDR:PORT", default_value = "[::]:7420")]
     pub listen: SocketAddr,
 
-    /// Allow plain TCP without TLS. Whoever reaches the port reads and replaces guests: use a network of its own.
+    /// Plain TCP without TLS. Whoever reaches the port reads and replaces guests, so --listen must be a loopback address.
     #[arg(long)]
     pub insecure: bool,
 
@@ -26,6 +26,14 @@ pub struct Config {
     /// repeated; without any every client of the CA may.
     #[arg(long, value_name = "NAME", conflicts_with = "insecure")]
     pub allow: Vec<String>,
+
+    /// Serve operators here too, by mutual TLS. Beside the socket, and only together with --admin-allow.
+    #[arg(long, value_name = "ADDR:PORT", requires = "admin_allow")]
+    pub admin_listen: Option<SocketAddr>,
+
+    /// A name that an operator's certificate must have as a subject alternative name. May be repeated.
+    #[arg(long, value_name = "NAME", requires = "admin_listen")]
+    pub admin_allow: Vec<String>,
 
     /// libvirt to create standby domains with.
     #[arg(long, value_name = "URI", default_value = "qemu:///system")]
@@ -49,6 +57,17 @@ pub struct Config {
     #[arg(long)]
     pub cold_standby: bool,
 
+    /// Test hook: with --insecure any address; without it, plain connections beside those with TLS.
+    #[cfg(feature = "test-hooks")]
+    #[arg(
+        long,
+        value_name = "YES",
+        default_value_t = false,
+        action = clap::ArgAction::Set,
+        overrides_with = "insecure_anywhere"
+    )]
+    pub insecure_anywhere: bool,
+
     /// Test hook: write the committed image of these epochs to files.
     #[cfg(feature = "test-hooks")]
     #[arg(long, value_name = "N,M,..", value_delimiter = ',', requires = "dump_dir")]
@@ -66,7 +85,31 @@ impl Config {
         if self.insecure {
             return Security::Plain;
         }
-        Security::Tls(TlsFiles::server(&self.pki_dir, self.allow.clone()))
+        let files = TlsFiles::server(&self.pki_dir, self.allow.clone());
+        #[cfg(feature = "test-hooks")]
+        if self.insecure_anywhere {
+            return Security::Either(files);
+        }
+        Security::Tls(files)
+    }
+
+    #[cfg(feature = "test-hooks")]
+    fn insecure_allowed(&self) -> bool {
+        self.insecure_anywhere
+    }
+
+    #[cfg(not(feature = "test-hooks"))]
+    fn insecure_allowed(&self) -> bool {
+        false
+    }
+
+    /// The admin service over TCP, if it is wanted.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    pub fn admin_tcp(&self) -> Result<Option<AdminTcp>, String> {
+        let files = || TlsFiles::server(&self.pki_dir, self.admin_allow.clone());
+        self.admin_listen.map(|address| AdminTcp::bind(address, files())).transpose()
     }
 
     /// Checks what the parser cannot; all mistakes at once.
@@ -79,8 +122,14 @@ impl Config {
             && let Err(mistake) = files.server_config()
         {
             mistakes.push(format!(
-                "{mistake}; make the certificates as for libvirt's own TLS, or give --insecure if the network between \
-                 the hosts can be trusted"
+                "{mistake}; make the certificates as for libvirt's own TLS (--insecure is for loopback addresses only)"
+            ));
+        }
+        if self.insecure && !self.listen.ip().is_loopback() && !self.insecure_allowed() {
+            mistakes.push(format!(
+                "--insecure with --listen {}, which other hosts can reach: leave --insecure out and make certificates as \
+                 for libvirt's own TLS, or listen on a loopback address",
+                self.listen
             ));
         }
         for (name, dir) in [("--state-dir", &self.state_dir), ("--run-dir", &self.run_dir)] {
@@ -118,7 +167,24 @@ mod tests {
             "{without}"
         );
         assert!(config(&["--insecure", "--allow", "alpha"]).is_err());
-        assert_eq!(config(&["--insecure"]).unwrap().validate(), Ok(()));
+        assert_eq!(config(&["--insecure", "--listen", "127.0.0.1:0"]).unwrap().validate(), Ok(()));
+        assert_eq!(config(&["--insecure", "--listen", "[::1]:0"]).unwrap().validate(), Ok(()));
+    }
+
+    #[test]
+    fn plain_tcp_stays_on_this_machine() {
+        for listen in ["0.0.0.0:7420", "[::]:7420", "10.0.0.1:7420"] {
+            let refused = config(&["--insecure", "--listen", listen]).unwrap().validate().unwrap_err();
+            assert!(refused.contains(listen) && refused.contains("certificates"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn the_admin_service_is_not_opened_to_everybody() {
+        assert!(config(&["--admin-listen", "127.0.0.1:0"]).is_err());
+        let without = ["--admin-listen", "127.0.0.1:0", "--admin-allow", "ops", "--pki-dir", "/nonexistent"];
+        let refused = config(&without).unwrap().admin_tcp().unwrap_err();
+        assert!(refused.contains("/nonexistent/CA/cacert.pem"), "{refused}");
     }
 
     #[test]

@@ -387,6 +387,11 @@ impl Promoter for LibvirtPromoter {
         Some(types.contains(machine))
     }
 
+    fn by_id(&self, id: u32) -> Option<GuestId> {
+        let domain = self.connection().ok()?.find_domain(&id.to_string()).ok()?;
+        Some(GuestId(domain.uuid()))
+    }
+
     fn local(&self, guest: GuestId) -> Result<LocalDomain, PromoteError> {
         Ok(self.found(guest)?.map_or(LocalDomain::Absent, |(_, local)| local))
     }

@@ -34,7 +34,11 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let store = ControlFolder::open(&config.state_dir)
         .with_context(|| format!("cannot use the state directory {}", config.state_dir.display()))?;
-    let sockets = Sockets::bind(config.listen, &config.run_dir)?;
+    let mut sockets = Sockets::bind(config.listen, &config.run_dir)?;
+    if let Some(tcp) = config.admin_tcp().map_err(anyhow::Error::msg)? {
+        tracing::info!(address = %tcp.address()?, "operators are served over TCP");
+        sockets = sockets.with_admin(tcp);
+    }
     let tools = Tools {
         promoter: Arc::new(LibvirtPromoter::new(&config.libvirt_uri, &config.run_dir, !config.cold_standby)),
         store: Arc::new(store),

@@ -105,6 +105,11 @@ pub trait Promoter: Send + Sync + 'static {
     /// Whether this host can run a versioned machine type; `None` if that is not known.
     fn supports_machine(&self, machine: &str) -> Option<bool>;
 
+    /// The domain that libvirt knows by this number; `None` if there is none, or none can be asked.
+    fn by_id(&self, _id: u32) -> Option<GuestId> {
+        None
+    }
+
     /// What this host has of the guest.
     ///
     /// # Errors

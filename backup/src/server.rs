@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::server::TcpIncoming;
-use understudy_proto::rpc::transport::Security;
+use understudy_proto::rpc::transport::{AdminTcp, Security};
 use understudy_proto::rpc::{admin_routes, epoch_routes, transport};
 
 /// The sockets of an agent, bound.
@@ -20,6 +20,7 @@ pub struct Sockets {
     address: SocketAddr,
     unix: UnixListener,
     path: PathBuf,
+    admin: Option<AdminTcp>,
 }
 
 impl Sockets {
@@ -46,7 +47,13 @@ impl Sockets {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
         let tcp = transport::listen(listen).map_err(named(listen.to_string()))?;
         let address = tcp.local_addr()?;
-        Ok(Self { tcp, address, unix, path })
+        Ok(Self { tcp, address, unix, path, admin: None })
+    }
+
+    /// Serves operators here too.
+    #[must_use]
+    pub fn with_admin(self, admin: AdminTcp) -> Self {
+        Self { admin: Some(admin), ..self }
     }
 
     /// The TCP address, with the port that was given if 0 was asked for.
@@ -75,15 +82,27 @@ impl Sockets {
                 // Plain connections stay tonic's own: nothing is in the way of the pages.
                 Security::Plain => epochs.serve_with_incoming(self.tcp).await,
                 Security::Tls(files) => epochs.serve_with_incoming(transport::secured(self.tcp, files)).await,
+                #[cfg(feature = "test-hooks")]
+                Security::Either(files) => {
+                    epochs.serve_with_incoming(transport::secured_or_plain(self.tcp, files)).await
+                }
+            }
+        };
+        let routes = admin_routes(Arc::new(Operator(Arc::clone(&agent))));
+        let by_tcp = async {
+            match self.admin {
+                Some(tcp) => tcp.serve(routes.clone()).await,
+                None => std::future::pending().await,
             }
         };
         let admin = transport::server()
-            .add_routes(admin_routes(Arc::new(Operator(Arc::clone(&agent)))))
+            .add_routes(routes.clone())
             .serve_with_incoming(UnixListenerStream::new(self.unix));
         // Streams never end by themselves, so the servers are not drained but dropped.
         let result = tokio::select! {
             result = epochs => result,
             result = admin => result,
+            result = by_tcp => result,
             () = stop => Ok(()),
         };
         agent.shutdown().await;

@@ -3,7 +3,9 @@
 use clap::{Parser, Subcommand};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 use understudy_proto::pace::EpochGoals;
+use understudy_proto::rpc::transport;
 
 use understudy_responder::PORT as RESPONDER_PORT;
 use understudy_responder::frame::Mac;
@@ -21,6 +23,13 @@ pub(crate) struct Args {
         env = "UNDERSTUDY_RUN_DIR"
     )]
     pub run_dir: PathBuf,
+    /// Ask these agents instead: a folder of sockets, one socket, https://HOST for both agents of a host that serve
+    /// operators over TCP, or https://HOST:PORT for one.
+    #[arg(long, global = true, value_name = "ADDRESS", env = "UNDERSTUDY_CONNECT")]
+    pub connect: Option<String>,
+    /// Certificates for https, in libvirt's layout: CA/cacert.pem, libvirt/clientcert.pem, libvirt/private/clientkey.pem.
+    #[arg(long, global = true, value_name = "DIR", default_value = transport::PKI_DIR)]
+    pub pki_dir: PathBuf,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -31,6 +40,8 @@ pub(crate) enum Command {
     ///
     /// Everything that stands against it is checked first; nothing is touched before the checks have passed.
     Protect(ProtectArgs),
+    /// Change settings of a protected domain, without a new full copy.
+    Set(SetArgs),
     /// End the protection of a domain; the guest runs on. On a backup: drop what is left of a guest there.
     Unprotect {
         /// Name, id or UUID of the domain.
@@ -137,6 +148,19 @@ pub(crate) struct ProtectArgs {
     /// The backup host, as HOST or HOST:PORT (7420 if no port is given).
     #[arg(long, value_name = "HOST")]
     pub to: String,
+    #[command(flatten)]
+    pub pace: PaceArgs,
+    /// Replicate over plain TCP, without TLS. Only to a loopback address.
+    #[arg(long)]
+    pub insecure: bool,
+    /// Let the guest's output through as it comes: after a failover clients may have seen what the guest never said.
+    #[arg(long)]
+    pub ungated: bool,
+}
+
+/// How long epochs are.
+#[derive(Debug, clap::Args)]
+pub(crate) struct PaceArgs {
     /// How long the guest runs between two checkpoints: a number, or `auto` for what fits the goals below best while
     /// it runs (without any: what costs the guest a twentieth of its time at most).
     #[arg(long, value_name = "MILLISECONDS|auto", value_parser = epoch_ms)]
@@ -150,12 +174,6 @@ pub(crate) struct ProtectArgs {
     /// At most so much is sent to the backup.
     #[arg(long, value_name = "MBIT/S")]
     pub bandwidth_cap: Option<u32>,
-    /// Replicate over plain TCP: whoever can read or change the network's traffic reads or changes the guest.
-    #[arg(long)]
-    pub insecure: bool,
-    /// Let the guest's output through as it comes: after a failover clients may have seen what the guest never said.
-    #[arg(long)]
-    pub ungated: bool,
 }
 
 /// How long an epoch is.
@@ -167,7 +185,15 @@ pub(crate) enum EpochMs {
     Fixed(u32),
 }
 
-impl ProtectArgs {
+impl PaceArgs {
+    /// The length of epochs, or the first one where it is to be found.
+    pub(crate) fn epoch(&self) -> Option<Duration> {
+        match self.epoch_ms {
+            Some(EpochMs::Fixed(ms)) => Some(Duration::from_millis(ms.into())),
+            Some(EpochMs::Auto) | None => None,
+        }
+    }
+
     /// What epochs are to reach, if their length is to be found.
     pub(crate) fn goals(&self) -> Option<EpochGoals> {
         let goals = EpochGoals {
@@ -194,6 +220,14 @@ fn permille(text: &str) -> Result<u16, String> {
         Some(tenths) if (1.0..=900.0).contains(&tenths) => Ok(tenths as u16),
         _ => Err("give a percentage from 0.1 to 90".to_owned()),
     }
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SetArgs {
+    /// Name, id or UUID of the domain.
+    pub domain: String,
+    #[command(flatten)]
+    pub pace: PaceArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -254,10 +288,10 @@ mod tests {
         .unwrap();
         let Command::Protect(p) = args.command else { panic!("{args:?}") };
         assert_eq!(
-            (p.domain.as_str(), p.to.as_str(), p.epoch_ms, p.insecure),
+            (p.domain.as_str(), p.to.as_str(), p.pace.epoch_ms, p.insecure),
             ("web", "beta:1", Some(EpochMs::Fixed(25)), true)
         );
-        assert_eq!(p.goals(), None);
+        assert_eq!(p.pace.goals(), None);
         assert_eq!(args.run_dir, PathBuf::from("/run/understudy"));
     }
 
@@ -266,7 +300,7 @@ mod tests {
         let goals = |more: &[&str]| {
             let line = ["understudy", "protect", "web", "--to", "beta"].iter().chain(more);
             let Command::Protect(p) = Args::try_parse_from(line).unwrap().command else { panic!("{more:?}") };
-            p.goals()
+            p.pace.goals()
         };
         let none = EpochGoals::default();
         assert_eq!(goals(&["--epoch-ms", "auto"]), Some(none));

@@ -1,40 +1,46 @@
 //! The commands that change something.
 
-use crate::args::{EpochMs, FailoverArgs, ProtectArgs};
+use crate::args::{FailoverArgs, ProtectArgs, SetArgs};
+use crate::connect::Agents;
+pub(crate) use crate::connect::connect;
 use crate::progress::Display;
-use std::path::Path;
-use std::time::Duration;
 use tokio_stream::StreamExt;
-use understudy_proto::rpc::admin::{FailoverRequest, Progress, ProtectRequest, UnprotectRequest};
-use understudy_proto::rpc::{AdminClient, Failure, FailureKind, FallibleStream, transport};
+use understudy_proto::rpc::admin::{FailoverRequest, Progress, ProtectRequest, SetRequest, UnprotectRequest};
+use understudy_proto::rpc::{Failure, FailureKind, FallibleStream, transport};
 
 /// `understudy protect`.
-pub(crate) async fn protect(run_dir: &Path, args: &ProtectArgs) -> Result<(), Failure> {
-    let mut agent = connect(run_dir, transport::PRIMARY_SOCKET, "understudy-primary").await?;
+pub(crate) async fn protect(agents: &Agents, args: &ProtectArgs) -> Result<(), Failure> {
+    let mut agent = connect(agents, transport::PRIMARY_SOCKET, "understudy-primary").await?;
     let request = ProtectRequest {
         domain: args.domain.clone(),
         to: args.to.clone(),
-        epoch: match args.epoch_ms {
-            Some(EpochMs::Fixed(ms)) => Some(Duration::from_millis(ms.into())),
-            Some(EpochMs::Auto) | None => None,
-        },
-        goals: args.goals(),
+        epoch: args.pace.epoch(),
+        goals: args.pace.goals(),
         insecure: args.insecure,
         ungated: args.ungated,
     };
     follow(agent.protect(request).await?).await.map(drop)
 }
 
+/// `understudy set`.
+pub(crate) async fn set(agents: &Agents, args: &SetArgs) -> Result<(), Failure> {
+    let mut agent = connect(agents, transport::PRIMARY_SOCKET, "understudy-primary").await?;
+    let (domain, epoch, goals) = (args.domain.clone(), args.pace.epoch(), args.pace.goals());
+    let reply = agent.set(SetRequest { domain, epoch, goals }).await?;
+    println!("{}", reply.text);
+    Ok(())
+}
+
 /// `understudy unprotect`: by the primary agent, or where only the backup knows the guest, by that one.
-pub(crate) async fn unprotect(run_dir: &Path, domain: &str) -> Result<(), Failure> {
+pub(crate) async fn unprotect(agents: &Agents, domain: &str) -> Result<(), Failure> {
     let request = UnprotectRequest { domain: domain.to_owned() };
-    let by_primary = match connect(run_dir, transport::PRIMARY_SOCKET, "understudy-primary").await {
+    let by_primary = match connect(agents, transport::PRIMARY_SOCKET, "understudy-primary").await {
         Ok(mut agent) => agent.unprotect(request.clone()).await,
         Err(failure) => Err(failure),
     };
     let reply = match by_primary {
         Err(failure) if matches!(failure.kind, FailureKind::NotFound | FailureKind::Unavailable) => {
-            let Ok(mut agent) = connect(run_dir, transport::BACKUP_SOCKET, "understudy-backup").await else {
+            let Ok(mut agent) = connect(agents, transport::BACKUP_SOCKET, "understudy-backup").await else {
                 return Err(failure);
             };
             agent.unprotect(request).await?
@@ -46,13 +52,16 @@ pub(crate) async fn unprotect(run_dir: &Path, domain: &str) -> Result<(), Failur
 }
 
 /// `understudy failover`.
-pub(crate) async fn failover(run_dir: &Path, args: &FailoverArgs) -> Result<(), Failure> {
+pub(crate) async fn failover(agents: &Agents, args: &FailoverArgs) -> Result<(), Failure> {
     // Where a watchdog keeps the guest, the arbiter decides, unless the operator knows better.
-    if !args.i_have_fenced && crate::owner::failover(run_dir, args).await?.is_some() {
+    if !args.i_have_fenced
+        && let Ok(folder) = agents.folder()
+        && crate::owner::failover(folder, args).await?.is_some()
+    {
         return Ok(());
     }
     let mut agent =
-        connect(run_dir, transport::BACKUP_SOCKET, "understudy-backup").await.map_err(|failure| {
+        connect(agents, transport::BACKUP_SOCKET, "understudy-backup").await.map_err(|failure| {
             let remedy = format!("run this on the backup host; if this is it: {}", failure.remedy);
             Failure { remedy, ..failure }
         })?;
@@ -98,15 +107,4 @@ fn no_end(what: &str) -> Failure {
 /// Any value of ours as one line of JSON.
 pub(crate) fn json(value: &impl serde::Serialize) -> Result<String, Failure> {
     serde_json::to_string(value).map_err(|e| Failure::new(FailureKind::Internal, "json", e.to_string()))
-}
-
-/// The agent `name` of this host.
-pub(crate) async fn connect(run_dir: &Path, socket: &str, name: &str) -> Result<AdminClient, Failure> {
-    let channel = transport::connect_unix(&run_dir.join(socket)).await.map_err(|failure| Failure {
-        remedy: format!(
-            "start {name} on this host, or use root if it runs; --run-dir says where its socket is"
-        ),
-        ..failure
-    })?;
-    Ok(AdminClient::new(channel))
 }

@@ -2,11 +2,11 @@
 
 use crate::args::StatusArgs;
 use crate::commands::{connect, json};
+use crate::connect::Agents;
 use serde::Serialize;
-use std::path::Path;
 use std::time::Duration;
 use tokio_stream::StreamExt;
-use understudy_proto::rpc::admin::{GuestStatus, StatusReply, StatusRequest};
+use understudy_proto::rpc::admin::{AgentRole, GuestStatus, StatusReply, StatusRequest};
 use understudy_proto::rpc::{Failure, FailureKind, transport};
 
 /// Between two looks for an agent that was not there.
@@ -19,12 +19,19 @@ const AGENTS: [(&str, &str); 2] =
 type Answers = [Result<StatusReply, Failure>; 2];
 
 /// `understudy status`.
-pub(crate) async fn status(run_dir: &Path, args: &StatusArgs) -> Result<(), Failure> {
+pub(crate) async fn status(agents: &Agents, args: &StatusArgs) -> Result<(), Failure> {
     let request = StatusRequest { domain: args.domain.clone() };
     if args.watch {
-        return watch(run_dir, args, &request).await;
+        return watch(agents, args, &request).await;
     }
-    let answers = [once(run_dir, AGENTS[0], &request).await, once(run_dir, AGENTS[1], &request).await];
+    if agents.is_one() {
+        let reply = once(agents, AGENTS[0], &request).await?;
+        let mut answers = [Err(not_asked()), Err(not_asked())];
+        let index = place(&reply);
+        answers[index] = Ok(reply);
+        return print(&answers, args);
+    }
+    let answers = [once(agents, AGENTS[0], &request).await, once(agents, AGENTS[1], &request).await];
     print(&answers, args)?;
     // Nobody answered, or the domain that was asked for is not known: an error of its own.
     match answers {
@@ -33,22 +40,44 @@ pub(crate) async fn status(run_dir: &Path, args: &StatusArgs) -> Result<(), Fail
     }
 }
 
+/// Code of an answer that nobody was asked for.
+const NOT_ASKED: &str = "not-asked";
+
+fn not_asked() -> Failure {
+    Failure::new(FailureKind::Unavailable, NOT_ASKED, "not asked: --connect names one agent")
+}
+
+/// Where an answer belongs in [`Answers`].
+fn place(reply: &StatusReply) -> usize {
+    match reply.role {
+        AgentRole::Primary => 0,
+        AgentRole::Backup => 1,
+    }
+}
+
 async fn once(
-    run_dir: &Path,
+    agents: &Agents,
     (socket, name): (&str, &str),
     request: &StatusRequest,
 ) -> Result<StatusReply, Failure> {
-    connect(run_dir, socket, name).await?.status(request.clone()).await
+    connect(agents, socket, name).await?.status(request.clone()).await
 }
 
-async fn watch(run_dir: &Path, args: &StatusArgs, request: &StatusRequest) -> Result<(), Failure> {
+async fn watch(agents: &Agents, args: &StatusArgs, request: &StatusRequest) -> Result<(), Failure> {
     let (tx, mut rx) = tokio::sync::mpsc::channel(16);
-    for (index, agent) in AGENTS.into_iter().enumerate() {
-        let (tx, run_dir, request) = (tx.clone(), run_dir.to_owned(), request.clone());
+    let one = agents.is_one();
+    for (index, agent) in AGENTS.into_iter().enumerate().take(if one { 1 } else { 2 }) {
+        let (tx, agents, request) = (tx.clone(), agents.clone(), request.clone());
         tokio::spawn(async move {
+            let mut index = index;
             loop {
-                let end =
-                    follow(&run_dir, agent, &request, |reply| drop(tx.try_send((index, Ok(reply))))).await;
+                let end = follow(&agents, agent, &request, |reply| {
+                    if one {
+                        index = place(&reply);
+                    }
+                    drop(tx.try_send((index, Ok(reply))));
+                })
+                .await;
                 if tx.send((index, Err(end))).await.is_err() {
                     return;
                 }
@@ -57,7 +86,7 @@ async fn watch(run_dir: &Path, args: &StatusArgs, request: &StatusRequest) -> Re
         });
     }
     let silent = || Err(Failure::new(FailureKind::Unavailable, "silent", "has not answered yet"));
-    let mut answers: Answers = [silent(), silent()];
+    let mut answers: Answers = if one { [Err(not_asked()), Err(not_asked())] } else { [silent(), silent()] };
     while let Some((index, answer)) = rx.recv().await {
         if answers[index] != answer {
             answers[index] = answer;
@@ -70,12 +99,12 @@ async fn watch(run_dir: &Path, args: &StatusArgs, request: &StatusRequest) -> Re
 /// Hands every answer of an agent on; gives the reason when there are no more. An answer that nobody takes is
 /// dropped: the next one replaces it.
 async fn follow(
-    run_dir: &Path,
+    agents: &Agents,
     (socket, name): (&str, &str),
     request: &StatusRequest,
     mut take: impl FnMut(StatusReply),
 ) -> Failure {
-    let mut stream = match connect(run_dir, socket, name).await {
+    let mut stream = match connect(agents, socket, name).await {
         Ok(mut agent) => match agent.watch(request.clone()).await {
             Ok(stream) => stream,
             Err(failure) => return failure,
@@ -125,6 +154,7 @@ fn print(answers: &Answers, args: &StatusArgs) -> Result<(), Failure> {
     for (answer, (_, name)) in answers.iter().zip(AGENTS) {
         if let Err(f) = answer
             && f.kind != FailureKind::NotFound
+            && f.code != NOT_ASKED
         {
             eprintln!("note: {name}: {}", f.reason);
         }

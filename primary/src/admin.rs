@@ -7,12 +7,13 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::info;
 use understudy_proto::rpc::admin::{
-    FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply, UnprotectRequest,
+    AgentRole, FailoverRequest, Progress, ProtectRequest, SetReply, SetRequest, StatusReply, StatusRequest,
+    UnprotectReply, UnprotectRequest,
 };
 use understudy_proto::rpc::{AdminService, Failure, FailureKind, FallibleStream, async_trait};
 
 use crate::agent::{Agent, Snapshot};
-use crate::protect;
+use crate::{config, protect};
 
 /// How often progress and watched status are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
@@ -36,7 +37,11 @@ impl Admin {
             Some(domain) => Some(self.agent.find(domain).await?),
             None => None,
         };
-        Ok(StatusReply { guests: self.agent.statuses(guest), host: self.host().await })
+        Ok(StatusReply {
+            guests: self.agent.statuses(guest),
+            host: self.host().await,
+            role: AgentRole::Primary,
+        })
     }
 
     /// This host's name, or nothing while libvirt does not tell.
@@ -69,12 +74,36 @@ impl AdminService for Admin {
         Ok(UnprotectReply { text: self.agent.unprotect(guest).await? })
     }
 
+    async fn set(&self, request: SetRequest) -> Result<SetReply, Failure> {
+        let wrong = |code, reason: String| Failure::new(FailureKind::InvalidArgument, code, reason);
+        if request.epoch.is_none() && request.goals.is_none() {
+            return Err(wrong("nothing-to-set", "nothing is to be set".to_owned())
+                .with_remedy("give a length of epochs, or goals"));
+        }
+        let epoch =
+            request.epoch.map(|epoch| config::epoch(u32::try_from(epoch.as_millis()).unwrap_or(u32::MAX)));
+        let epoch = epoch.transpose().map_err(|mistake| wrong("epoch-length", mistake))?;
+        let guest = self.agent.find(&request.domain).await?;
+        // A guest that is just being protected is waited for, as by `protect`.
+        let _one_at_a_time = self.agent.exclusive().await;
+        self.agent.set_pace(guest, epoch, request.goals).await?;
+        let text = match (request.goals, epoch) {
+            (None, Some(epoch)) => {
+                format!("{} has epochs of {} ms from now on", request.domain, epoch.as_millis())
+            }
+            _ => format!("{} has epochs whose length is found from now on", request.domain),
+        };
+        Ok(SetReply { text })
+    }
+
     async fn status(&self, request: StatusRequest) -> Result<StatusReply, Failure> {
         self.reply(&request).await
     }
 
-    async fn watch(&self, request: StatusRequest) -> Result<FallibleStream<StatusReply>, Failure> {
+    async fn watch(&self, mut request: StatusRequest) -> Result<FallibleStream<StatusReply>, Failure> {
         let first = self.reply(&request).await?;
+        // An id is gone with its domain; what was meant by it is not.
+        request.domain = request.domain.and(first.guests.first()).map(|guest| guest.uuid.to_string());
         let (replies, stream) = mpsc::channel(4);
         let admin = self.clone();
         tokio::spawn(async move {

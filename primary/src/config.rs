@@ -1,10 +1,12 @@
 //! What the agent is told at its start.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
 use understudy_proto::rpc::transport::{self, Security, TlsFiles};
+use understudy_proto::rpc::{Failure, transport::AdminTcp};
 
 use crate::encode::{Compress, Encoding};
 
@@ -50,9 +52,18 @@ pub struct Config {
     pub host_name: Option<String>,
 
     /// Certificates for TLS to backups, in libvirt's layout: CA/cacert.pem, libvirt/clientcert.pem and
-    /// libvirt/private/clientkey.pem. Read anew for every connection.
+    /// libvirt/private/clientkey.pem; with --admin-listen servercert.pem and serverkey.pem beside them. Read anew for
+    /// every connection.
     #[arg(long, value_name = "DIR", default_value = transport::PKI_DIR)]
     pub pki_dir: PathBuf,
+
+    /// Serve operators here too, by mutual TLS. Beside the socket, and only together with --admin-allow.
+    #[arg(long, value_name = "ADDR:PORT", requires = "admin_allow")]
+    pub admin_listen: Option<SocketAddr>,
+
+    /// A name that an operator's certificate must have as a subject alternative name. May be repeated.
+    #[arg(long, value_name = "NAME", requires = "admin_listen")]
+    pub admin_allow: Vec<String>,
 
     /// Log filter as for tracing, for example `info,understudy_primary=debug`.
     #[arg(long, value_name = "FILTER", env = "UNDERSTUDY_LOG", default_value = "info")]
@@ -72,6 +83,17 @@ pub struct Config {
     #[arg(long, value_name = "DIR")]
     pub dump_dir: Option<PathBuf>,
 
+    /// Test hook: plain TCP also to other hosts.
+    #[cfg(feature = "test-hooks")]
+    #[arg(
+        long,
+        value_name = "YES",
+        default_value_t = false,
+        action = clap::ArgAction::Set,
+        overrides_with = "insecure_anywhere"
+    )]
+    pub insecure_anywhere: bool,
+
     /// Test hook: die while the guest is stopped at this epoch.
     #[cfg(feature = "test-hooks")]
     #[arg(long, value_name = "N")]
@@ -90,9 +112,35 @@ impl Config {
         Encoding { compress: self.compress, cache_bytes: cache_mib.saturating_mul(1 << 20) }
     }
 
-    /// How a guest's epochs travel.
-    pub fn security(&self, insecure: bool) -> Security {
-        if insecure { Security::Plain } else { Security::Tls(TlsFiles::client(&self.pki_dir)) }
+    /// How a guest's epochs travel to `host`.
+    ///
+    /// # Errors
+    /// `insecure-not-loopback`.
+    pub fn security(&self, insecure: bool, host: &str) -> Result<Security, Failure> {
+        match insecure {
+            false => Ok(Security::Tls(TlsFiles::client(&self.pki_dir))),
+            true if transport::is_loopback(host) || self.insecure_allowed() => Ok(Security::Plain),
+            true => Err(transport::insecure_refused(host)),
+        }
+    }
+
+    #[cfg(feature = "test-hooks")]
+    fn insecure_allowed(&self) -> bool {
+        self.insecure_anywhere
+    }
+
+    #[cfg(not(feature = "test-hooks"))]
+    fn insecure_allowed(&self) -> bool {
+        false
+    }
+
+    /// The admin service over TCP, if it is wanted.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    pub fn admin_tcp(&self) -> Result<Option<AdminTcp>, String> {
+        let files = || TlsFiles::server(&self.pki_dir, self.admin_allow.clone());
+        self.admin_listen.map(|address| AdminTcp::bind(address, files())).transpose()
     }
 
     /// Everything that is wrong with it, one sentence each.
@@ -130,6 +178,27 @@ pub fn epoch(epoch_ms: u32) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plain_tcp_stays_on_this_machine() {
+        let config = Config::try_parse_from(["understudy-primary"]).unwrap();
+        assert!(matches!(config.security(true, "127.0.0.1:9"), Ok(Security::Plain)));
+        assert!(matches!(config.security(false, "beta"), Ok(Security::Tls(_))));
+        let refused = config.security(true, "beta").unwrap_err();
+        assert_eq!(refused.code, "insecure-not-loopback");
+        assert!(refused.reason.contains("beta") && refused.remedy.contains("--insecure"), "{refused:?}");
+    }
+
+    #[test]
+    fn the_admin_service_is_not_opened_to_everybody() {
+        let args = |more: &[&str]| Config::try_parse_from([&["understudy-primary"], more].concat());
+        assert!(args(&["--admin-listen", "127.0.0.1:0"]).is_err());
+        assert!(args(&["--admin-allow", "ops"]).is_err());
+        assert!(args(&[]).unwrap().admin_tcp().unwrap().is_none());
+        let without = ["--admin-listen", "127.0.0.1:0", "--admin-allow", "ops", "--pki-dir", "/nonexistent"];
+        let refused = args(&without).unwrap().admin_tcp().unwrap_err();
+        assert!(refused.contains("/nonexistent/CA/cacert.pem"), "{refused}");
+    }
 
     #[test]
     fn all_mistakes_are_reported_at_once() {

@@ -1,5 +1,6 @@
 //! The agent beside the protected guest: capture, pace, replicate.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,7 +18,8 @@ use understudy_primary::config::Config;
 use understudy_primary::life::SignOfLife;
 use understudy_primary::metadata;
 use understudy_proto::rpc::owner::with_handover;
-use understudy_proto::rpc::{admin_routes, transport};
+use understudy_proto::rpc::transport::{self, AdminTcp};
+use understudy_proto::rpc::{Routes, admin_routes};
 
 /// As in sysexits.h: the command was used incorrectly.
 const EXIT_USAGE: u8 = 64;
@@ -58,6 +60,7 @@ async fn serve(config: Config) -> Result<()> {
     let remembered = agent.remembered()?;
     let socket = agent.config.run_dir.join(transport::PRIMARY_SOCKET);
     let listener = listen(&socket).await?;
+    let admin_tcp = agent.config.admin_tcp().map_err(anyhow::Error::msg)?;
     // Before any guest is touched, and until the process ends.
     let _life = SignOfLife::take(&agent.config.state_dir)?;
     info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), guests = remembered.len(), "started");
@@ -66,6 +69,8 @@ async fn serve(config: Config) -> Result<()> {
     tokio::spawn(metadata::serve_hooks(hooks, agent.config.clone()));
 
     let routes = admin_routes(Arc::new(Admin::new(Arc::clone(&agent))));
+    let by_tcp = serve_tcp(admin_tcp, routes.clone());
+    // A handover is the watchdog's business, which is on this host.
     let routes = with_handover(routes, Arc::new(Handover(Arc::clone(&agent))));
     let serving =
         transport::server().add_routes(routes).serve_with_incoming(UnixListenerStream::new(listener));
@@ -76,6 +81,7 @@ async fn serve(config: Config) -> Result<()> {
     };
     tokio::select! {
         result = serving => result.context("the admin socket failed")?,
+        result = by_tcp => result.context("the admin service over TCP failed")?,
         () = working => {}
         _ = terminate.recv() => info!("SIGTERM: letting all guests go"),
         _ = interrupt.recv() => info!("SIGINT: letting all guests go"),
@@ -87,7 +93,18 @@ async fn serve(config: Config) -> Result<()> {
     Ok(())
 }
 
-/// Binds the admin socket; a socket nobody answers on is left over from a predecessor.
+/// Serves operators over TCP; for ever if nobody is to be served there.
+async fn serve_tcp(tcp: Option<AdminTcp>, routes: Routes) -> Result<()> {
+    match tcp {
+        Some(tcp) => {
+            info!(address = %tcp.address()?, "operators are served over TCP");
+            Ok(tcp.serve(routes).await?)
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Binds the admin socket, for whoever may write to it; a socket nobody answers on is left over from a predecessor.
 async fn listen(socket: &Path) -> Result<UnixListener> {
     if let Some(folder) = socket.parent() {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -101,5 +118,9 @@ async fn listen(socket: &Path) -> Result<UnixListener> {
         }
         _ => {}
     }
-    UnixListener::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))
+    let listener =
+        UnixListener::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+    // Whoever may write to it may end protections.
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
 }

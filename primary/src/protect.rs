@@ -43,7 +43,7 @@ pub async fn examine(
     agent: &Arc<Agent>,
     request: &ProtectRequest,
 ) -> Result<(ProtectedGuest, Plan), Failure> {
-    let security = agent.config.security(request.insecure);
+    let security = agent.config.security(request.insecure, &request.to)?;
     if let Security::Tls(files) = &security {
         files.client_config().map_err(transport::tls_files)?;
     }
@@ -346,7 +346,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
             persistent: facts.persistent,
         },
         to: wanted.to.clone(),
-        security: agent.config.security(wanted.insecure),
+        security: agent.config.security(wanted.insecure, &wanted.to)?,
         settings: Settings {
             generation: wanted.generation,
             epoch: Duration::from_millis(wanted.epoch_ms.into()),

@@ -9,10 +9,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
 use understudy_proto::ids::Incarnation;
 use understudy_proto::negotiate::Offer;
+use understudy_proto::rpc::admin::{
+    AgentRole, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply,
+    UnprotectRequest,
+};
 use understudy_proto::rpc::epoch::{ProbeReply, ProbeRequest};
-use understudy_proto::rpc::transport::{self, Security, TlsFiles};
+use understudy_proto::rpc::transport::{self, AdminTcp, Security, TlsFiles};
 use understudy_proto::rpc::{
-    EpochService, EpochsClient, Failure, Inbound, Outbound, async_trait, epoch_routes,
+    AdminClient, AdminService, EpochService, EpochsClient, Failure, FallibleStream, Inbound, Outbound,
+    admin_routes, async_trait, epoch_routes,
 };
 
 /// Counts what gets through to it.
@@ -38,6 +43,26 @@ impl EpochService for Counter {
             guest: None,
             trouble: String::new(),
         })
+    }
+}
+
+#[async_trait]
+impl AdminService for Counter {
+    async fn protect(&self, _: ProtectRequest) -> Result<FallibleStream<Progress>, Failure> {
+        Err(Failure::wrong_agent("protect", "primary"))
+    }
+    async fn unprotect(&self, _: UnprotectRequest) -> Result<UnprotectReply, Failure> {
+        Err(Failure::wrong_agent("unprotect", "primary"))
+    }
+    async fn status(&self, _: StatusRequest) -> Result<StatusReply, Failure> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(StatusReply { guests: Vec::new(), host: "beta".into(), role: AgentRole::Backup })
+    }
+    async fn watch(&self, _: StatusRequest) -> Result<FallibleStream<StatusReply>, Failure> {
+        Ok(Box::pin(tokio_stream::empty()))
+    }
+    async fn failover(&self, _: FailoverRequest) -> Result<FallibleStream<Progress>, Failure> {
+        Ok(Box::pin(tokio_stream::empty()))
     }
 }
 
@@ -83,11 +108,10 @@ async fn serve(security: Security) -> (SocketAddr, Arc<Counter>) {
     let address = incoming.local_addr().unwrap();
     let counter = Arc::new(Counter::default());
     let server = transport::server().add_routes(epoch_routes(Arc::clone(&counter)));
-    match security {
-        Security::Plain => drop(tokio::spawn(server.serve_with_incoming(incoming))),
-        Security::Tls(files) => {
-            drop(tokio::spawn(server.serve_with_incoming(transport::secured(incoming, files))));
-        }
+    if let Security::Tls(files) = security {
+        drop(tokio::spawn(server.serve_with_incoming(transport::secured(incoming, files))));
+    } else {
+        drop(tokio::spawn(server.serve_with_incoming(incoming)));
     }
     (address, counter)
 }
@@ -192,4 +216,37 @@ async fn files_are_named_when_they_cannot_be_used_and_renewed_ones_count_at_once
     assert!(mixed.server_config().unwrap_err().contains("do not go together"));
     let odd = TlsFiles::server(&beta, vec!["no name".into()]);
     assert!(odd.server_config().unwrap_err().contains("no name"));
+}
+
+#[tokio::test]
+async fn only_operators_that_are_named_command_an_agent_over_tcp() {
+    let folder = tempfile::tempdir().unwrap();
+    let ours = Authority::new("ours");
+    let pki = |name: &str| ours.host(folder.path(), name, GOOD);
+    let beta = pki("beta");
+    let nobody = AdminTcp::bind("127.0.0.1:0".parse().unwrap(), TlsFiles::server(&beta, Vec::new()));
+    assert!(nobody.unwrap_err().contains("--admin-allow"));
+    let files = TlsFiles::server(&beta, vec!["operator".to_owned()]);
+    let tcp = AdminTcp::bind("127.0.0.1:0".parse().unwrap(), files).unwrap();
+    let here = tcp.address().unwrap().to_string();
+    let counter = Arc::new(Counter::default());
+    tokio::spawn(tcp.serve(admin_routes(Arc::clone(&counter))));
+
+    let ask = async |pki: &Path| {
+        let channel = transport::connect_admin(here.clone(), &TlsFiles::client(pki)).await?;
+        AdminClient::new(channel).status(StatusRequest::default()).await
+    };
+    assert_eq!(ask(&pki("operator")).await.unwrap().host, "beta");
+    // A host that may send epochs, but is no operator; one of another CA; and one without any certificate.
+    let failure = ask(&pki("alpha")).await.unwrap_err();
+    assert!(failure.code == "tls" && failure.reason.contains("AccessDenied"), "{failure:?}");
+    let stranger = Authority::new("theirs").host(&folder.path().join("theirs"), "operator", GOOD);
+    assert_eq!(ask(&stranger).await.unwrap_err().code, "tls");
+    let plain = transport::connect_plaintext(&here).await;
+    let plain = match plain {
+        Ok(channel) => AdminClient::new(channel).status(StatusRequest::default()).await.map(drop),
+        Err(failure) => Err(failure),
+    };
+    assert!(plain.is_err());
+    assert_eq!(counter.0.load(Ordering::SeqCst), 1, "something got through");
 }

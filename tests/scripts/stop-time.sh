@@ -14,7 +14,7 @@ lab guest start g1 alpha
 echo "pages written   pages p50 an epoch   stop p50 ms   stop p99 ms   stops"
 for pages in 0 1000 4000; do
     until lab guest ask g1 touch "$pages" $((epoch_ms / 4)) >/dev/null; do sleep 1; done
-    lab exec alpha -- understudy protect g1 --to beta --insecure --epoch-ms "$epoch_ms" 2>/dev/null
+    lab exec alpha -- understudy protect g1 --to beta --epoch-ms "$epoch_ms" 2>/dev/null
     while [ "$(status | field epochs_total)" -lt "$stops" ]; do sleep 2; done
     status | python3 -c 'import json,sys
 g = json.load(sys.stdin)["guests"][0]

@@ -39,6 +39,9 @@ use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex};
 
 pub const GUEST: GuestId = GuestId(uuid::Uuid::from_u128(0x17));
 
+/// What libvirt calls it by.
+pub const FAKE_ID: u32 = 23;
+
 /// Far more than anything here takes: only a test that would hang reaches it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -109,6 +112,10 @@ impl Promoter for FakePromoter {
 
     fn supports_machine(&self, machine: &str) -> Option<bool> {
         Some(machine != "pc-unknown")
+    }
+
+    fn by_id(&self, id: u32) -> Option<GuestId> {
+        (id == FAKE_ID).then_some(GUEST)
     }
 
     fn local(&self, _guest: GuestId) -> Result<LocalDomain, PromoteError> {

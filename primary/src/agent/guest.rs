@@ -12,6 +12,7 @@ use tracing::{Instrument, debug, error, info, info_span, warn};
 use understudy_libvirt::DomainEvent;
 use understudy_proto::epoch::EpochKind;
 use understudy_proto::ids::EpochId;
+use understudy_proto::pace::EpochGoals;
 use understudy_proto::rpc::admin::{GuestState, GuestStatus};
 use understudy_proto::rpc::epoch::{GoodbyeReason, Hello};
 use understudy_proto::rpc::transport::Security;
@@ -80,6 +81,8 @@ pub enum Wish {
     TakeBack,
     /// The agent ends.
     Shutdown,
+    /// Epochs of this length from now on, or of one that fits these goals.
+    Pace(Duration, Option<EpochGoals>),
 }
 
 /// What is known of a guest at a moment.
@@ -254,6 +257,10 @@ impl Guest {
                 Turn::Wish(Wish::TakeBack) => self.apply_all(Event::TakeBack).await,
                 Turn::Wish(Wish::Unprotect) => self.apply_all(Event::Unprotect).await,
                 Turn::Wish(Wish::Shutdown) => self.apply_all(Event::Shutdown).await,
+                Turn::Wish(Wish::Pace(epoch, goals)) => {
+                    info!(ms = epoch.as_millis(), ?goals, "another length of epochs is wanted");
+                    self.apply_all(Event::Pace { epoch, goals }).await;
+                }
                 Turn::Frame => {
                     if let Some(pressing) = self.gate.as_mut().and_then(Gate::frame) {
                         self.apply_all(Event::OutputWaiting { pressing }).await;

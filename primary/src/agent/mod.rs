@@ -15,6 +15,7 @@ use std::time::Duration;
 use tracing::{error, info, warn};
 use understudy_libvirt::{Connection, LibvirtError};
 use understudy_proto::ids::GuestId;
+use understudy_proto::pace::EpochGoals;
 use understudy_proto::rpc::admin::GuestStatus;
 use understudy_proto::rpc::{Failure, FailureKind};
 
@@ -192,10 +193,10 @@ impl Agent {
     /// `not-protected` if this agent knows nothing of it.
     pub async fn find(self: &Arc<Self>, key: &str) -> Result<GuestId, Failure> {
         let known = |key: &str| {
-            let guests = self.lock();
+            let (guests, uuid) = (self.lock(), key.parse::<uuid::Uuid>().ok().map(GuestId));
             guests
                 .values()
-                .find(|e| e.wanted.name == key || e.wanted.guest.to_string() == key)
+                .find(|e| e.wanted.name == key || Some(e.wanted.guest) == uuid)
                 .map(|e| e.wanted.guest)
         };
         if let Some(guest) = known(key) {
@@ -233,6 +234,46 @@ impl Agent {
             State::Waiting { .. } => None,
         };
         Some((entry.wanted.clone(), entry.status(), outcome))
+    }
+
+    /// Changes the length of a protected guest's epochs, or what they are to reach, also for after a restart.
+    ///
+    /// # Errors
+    /// `not-protected` if its protection is over; if it cannot be remembered: then nothing is changed.
+    pub async fn set_pace(
+        &self,
+        guest: GuestId,
+        epoch: Option<Duration>,
+        goals: Option<EpochGoals>,
+    ) -> Result<(), Failure> {
+        let over = || {
+            Failure::new(
+                FailureKind::FailedPrecondition,
+                "not-protected",
+                "the guest is not protected by this host any more",
+            )
+        };
+        let (wanted, wishes) = match self.lock().get(&guest) {
+            Some(entry) if !entry.is_over() => {
+                let ms = |epoch: Duration| u32::try_from(epoch.as_millis()).unwrap_or(u32::MAX);
+                let epoch_ms = epoch.map_or(entry.wanted.epoch_ms, ms);
+                let wishes = match &entry.state {
+                    State::Owned(handle) => Some(handle.wishes.clone()),
+                    State::Waiting { .. } => None,
+                };
+                (ProtectedGuest { epoch_ms, goals, ..entry.wanted.clone() }, wishes)
+            }
+            _ => return Err(over()),
+        };
+        self.remember(Some(&wanted), guest).await?;
+        if let Some(entry) = self.lock().get_mut(&guest) {
+            (entry.wanted.epoch_ms, entry.wanted.goals) = (wanted.epoch_ms, goals);
+        }
+        let epoch = Duration::from_millis(wanted.epoch_ms.into());
+        match wishes {
+            Some(wishes) => wishes.send(Wish::Pace(epoch, goals)).await.map_err(|_| over()),
+            None => Ok(()),
+        }
     }
 
     /// Ends a protection and waits for its end; forgets one that is over.

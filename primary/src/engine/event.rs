@@ -115,6 +115,13 @@ pub enum Event {
     /// The agent did nothing for so long that it may have been taken for dead: what has arrived meanwhile may be out of
     /// date.
     StoodStill(Duration),
+    /// An operator wants another length of epochs.
+    Pace {
+        /// As in [`Settings`].
+        epoch: Duration,
+        /// As in [`Settings`].
+        goals: Option<EpochGoals>,
+    },
     /// The other host is to take the guest over as planned work: it stands still behind the next commit.
     HandOver,
     /// It is not.

@@ -232,6 +232,7 @@ impl Engine {
             Event::Measured { stop, bytes } => self.measured(stop, bytes, now),
             Event::OutputFailed(reason) => self.output_failed(&reason, now, out),
             Event::StoodStill(still) => self.stood_still(still, out),
+            Event::Pace { epoch, goals } => self.repace(epoch, goals),
             Event::HandOver => self.hand_over(now),
             Event::TakeBack => self.take_back(out),
             Event::Unprotect => self.unprotect(),

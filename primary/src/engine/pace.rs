@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use understudy_proto::epoch::EpochKind;
+use understudy_proto::pace::EpochGoals;
 
 use super::{Engine, Settings};
 use crate::autopilot::{Autopilot, Change, Seen};
@@ -32,8 +33,7 @@ pub(super) struct Pace {
 
 impl Pace {
     pub(super) fn new(settings: &Settings, now: Instant) -> Self {
-        let autopilot = settings.goals.map(|goals| Autopilot::new(goals.into(), settings.epoch));
-        let reason = if autopilot.is_some() { "finding it out".to_owned() } else { String::new() };
+        let (autopilot, reason) = length(settings);
         Self {
             began: now,
             stopping: None,
@@ -56,7 +56,20 @@ impl Pace {
     }
 }
 
+/// What finds the length of epochs, if it is not fixed, and why they are as long as they are.
+fn length(settings: &Settings) -> (Option<Autopilot>, String) {
+    let autopilot = settings.goals.map(|goals| Autopilot::new(goals.into(), settings.epoch));
+    let reason = if autopilot.is_some() { "finding it out".to_owned() } else { String::new() };
+    (autopilot, reason)
+}
+
 impl Engine {
+    /// Another length, from the epoch on that is under way.
+    pub(super) fn repace(&mut self, epoch: Duration, goals: Option<EpochGoals>) {
+        (self.settings.epoch, self.settings.goals) = (epoch, goals);
+        (self.pace.autopilot, self.pace.reason) = length(&self.settings);
+    }
+
     /// What the guest has sent before belongs to the epoch that is over.
     pub(super) fn end_epoch(&mut self, now: Instant) {
         if let Some(since) = self.pace.stopping.take() {

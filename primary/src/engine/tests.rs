@@ -477,6 +477,14 @@ fn unprotect_and_the_end_of_the_agent() {
 }
 
 #[test]
+fn another_length_of_epochs_counts_at_once() {
+    let mut bench = Bench::protected(settings());
+    assert_eq!(bench.step(Event::Pace { epoch: EPOCH * 3, goals: None }), []);
+    assert_eq!(bench.tick(EPOCH), []);
+    assert_eq!(bench.tick(EPOCH * 2), [Command::Checkpoint(EpochId(2))]);
+}
+
+#[test]
 fn events_that_stop_coming_are_subscribed_anew() {
     let mut bench = Bench::protected(settings());
     let closed = Event::Domain(DomainEvent::ConnectionClosed { reason: "restart".to_owned() });

@@ -14,7 +14,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use understudy_hook::metadata::{Command as Order, Protect, State};
+use understudy_hook::metadata::{Command as Order, Epoch, Protect, State};
 use understudy_proto::ids::GuestId;
 
 use super::view::{Ended, Failed, Found, Protection, Report};
@@ -88,6 +88,8 @@ pub enum Command {
     Protect(GuestId, Protect),
     /// End its protection, as an operator would.
     Unprotect(GuestId),
+    /// Give its epochs this length, as an operator would.
+    Pace(GuestId, Epoch),
     /// Take the command out of the XML. What is to be done is done after that, so never twice.
     TakeOut(GuestId),
     /// Do a failover, as an operator would.
@@ -418,9 +420,23 @@ fn decide(guest: GuestId, domain: &mut Domain, now: Instant, out: &mut Vec<Comma
                     domain.wanted().is_some_and(|wanted| wanted.same_protection(applied))
                 }
             };
-            if !same {
-                domain.phase = Phase::Ending;
-                out.push(Command::Unprotect(guest));
+            if same {
+                return;
+            }
+            let paced = domain.applied.as_ref().zip(domain.wanted()).and_then(|(applied, wanted)| {
+                let applied = Protect { epoch: wanted.epoch, ..applied.clone() };
+                wanted.same_protection(&applied).then_some((wanted.epoch?, applied))
+            });
+            match paced {
+                // Only the length of the epochs: that needs no new full copy.
+                Some((epoch, applied)) => {
+                    domain.applied = Some(applied);
+                    out.push(Command::Pace(guest, epoch));
+                }
+                None => {
+                    domain.phase = Phase::Ending;
+                    out.push(Command::Unprotect(guest));
+                }
             }
         }
         Phase::Protecting | Phase::Waiting { .. } | Phase::Ending | Phase::Off => {}
@@ -445,14 +461,14 @@ fn wanted_in_vain(wanted: &Protect) -> Option<Failed> {
 }
 
 trait SameProtection {
-    /// Whether a protection for the one serves the other as well.
+    /// Whether a protection for the other serves this one as well.
     fn same_protection(&self, other: &Self) -> bool;
 }
 
 impl SameProtection for Protect {
     fn same_protection(&self, other: &Self) -> bool {
         // An epoch that is left to the agent is right whatever it is.
-        let epoch = self.epoch.is_none() || other.epoch.is_none() || self.epoch == other.epoch;
+        let epoch = self.epoch.is_none() || self.epoch == other.epoch;
         (&self.backup, self.insecure, self.output) == (&other.backup, other.insecure, other.output) && epoch
     }
 }

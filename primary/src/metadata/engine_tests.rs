@@ -382,3 +382,19 @@ fn reports_are_few_and_the_last_one_counts() {
     assert_eq!(reports(&mut bench, Event::Tick), 0);
     assert_eq!(reports(&mut bench, Event::ReportLost(GUEST)), 1, "a lost one is said again");
 }
+
+#[test]
+fn another_length_of_epochs_needs_no_new_full_copy() {
+    let mut bench = Bench::protected();
+    let paced = |ms: u64| marked(&format!("enabled='yes' backup='beta' insecure='yes' epoch='{ms}ms'"));
+    let pace = |ms: u64| [Command::Pace(GUEST, Epoch::Fixed(Duration::from_millis(ms)))];
+    assert_eq!(bench.changed(found(Some(paced(25)))), pace(25));
+    assert_eq!(bench.changed(found(Some(paced(25)))), []);
+    assert_eq!(bench.changed(found(Some(paced(50)))), pace(50));
+    let auto = marked("enabled='yes' backup='beta' insecure='yes' epoch='auto'");
+    assert_eq!(bench.changed(found(Some(auto))), [Command::Pace(GUEST, Epoch::Auto)]);
+    // Left to the agent again: whatever it is is right.
+    assert_eq!(bench.changed(found(Some(on()))), []);
+    let elsewhere = marked("enabled='yes' backup='gamma' insecure='yes' epoch='50ms'");
+    assert_eq!(bench.changed(found(Some(elsewhere))), [Command::Unprotect(GUEST)]);
+}

@@ -94,7 +94,11 @@ async fn decide(call: &Call, config: &Config) -> Answer {
     if call.operation != "prepare" {
         return Answer::Ok;
     }
-    match protect::reach(&call.backup, &config.security(call.insecure), REACH_LIMIT).await {
+    let reached = match config.security(call.insecure, &call.backup) {
+        Ok(security) => protect::reach(&call.backup, &security, REACH_LIMIT).await,
+        Err(refused) => Err(refused),
+    };
+    match reached {
         Ok(()) => Answer::Ok,
         Err(failure) => {
             deny(format!("required='yes', but the backup {} cannot be used: {}", call.backup, failure.reason))

@@ -108,6 +108,14 @@ impl Edge {
                 let result = self.agent.unprotect(guest).await;
                 self.tell(Event::Unprotected(guest, result.map(drop).map_err(failed))).await;
             }
+            Command::Pace(guest, epoch) => {
+                info!(%guest, ?epoch, "another length of epochs, as the domain's XML says");
+                let (length, goals) = pace(Some(epoch));
+                if let Err(failure) = self.agent.set_pace(guest, length, goals).await {
+                    // Its protection is over, which is told by itself.
+                    warn!(%guest, reason = failure.reason, "the length of its epochs is not changed");
+                }
+            }
             Command::Failover(guest) => {
                 let result = self.failover(guest).await;
                 info!(%guest, ?result, "failover, as the domain's XML says");
@@ -183,14 +191,12 @@ impl Edge {
     }
 
     async fn protect(&self, guest: GuestId, wanted: &Protect) -> Result<(), Failure> {
+        let (epoch, goals) = pace(wanted.epoch);
         let request = ProtectRequest {
             domain: guest.to_string(),
             to: wanted.backup.clone(),
-            epoch: match wanted.epoch {
-                Some(Epoch::Fixed(length)) => Some(length),
-                Some(Epoch::Auto) | None => None,
-            },
-            goals: (wanted.epoch == Some(Epoch::Auto)).then(EpochGoals::default),
+            epoch,
+            goals,
             insecure: wanted.insecure,
             ungated: wanted.output == Output::Ungated,
         };
@@ -217,6 +223,15 @@ impl Edge {
             }
         }
         Err(Failure::new(FailureKind::Internal, "no-end", "the backup agent's answer has no end"))
+    }
+}
+
+/// What an element says of the length of epochs, in the words of a request.
+fn pace(epoch: Option<Epoch>) -> (Option<Duration>, Option<EpochGoals>) {
+    match epoch {
+        Some(Epoch::Fixed(length)) => (Some(length), None),
+        Some(Epoch::Auto) => (None, Some(EpochGoals::default())),
+        None => (None, None),
     }
 }
 

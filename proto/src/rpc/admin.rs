@@ -8,7 +8,7 @@ use std::time::Duration;
 /// Asks the primary agent to protect a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProtectRequest {
-    /// Name or UUID.
+    /// Name, UUID or id.
     pub domain: String,
     /// Backup host, see [`super::transport::authority`].
     pub to: String,
@@ -47,7 +47,7 @@ impl Progress {
 /// Asks the primary agent to end the protection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnprotectRequest {
-    /// Name or UUID.
+    /// Name, UUID or id.
     pub domain: String,
 }
 
@@ -61,7 +61,7 @@ pub struct UnprotectReply {
 /// Asks an agent what it knows.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StatusRequest {
-    /// Name or UUID; all guests if `None`.
+    /// Name, UUID or id; all guests if `None`.
     pub domain: Option<String>,
 }
 
@@ -72,12 +72,32 @@ pub struct StatusReply {
     pub guests: Vec<GuestStatus>,
     /// Its host.
     pub host: String,
+    /// Which agent it is.
+    pub role: AgentRole,
+}
+
+/// Asks the primary agent to change settings of a protected guest. `None` stays as it is; one thing is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SetRequest {
+    /// Name, UUID or id.
+    pub domain: String,
+    /// Wanted length of an epoch. Whole milliseconds travel.
+    pub epoch: Option<Duration>,
+    /// The length is to be found for these goals; without them `epoch` stays fixed.
+    pub goals: Option<EpochGoals>,
+}
+
+/// Answer to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SetReply {
+    /// What was done, for people.
+    pub text: String,
 }
 
 /// Asks the backup agent to start a guest from its last committed epoch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailoverRequest {
-    /// Name or UUID.
+    /// Name, UUID or id.
     pub domain: String,
     /// The operator vouches that the old host cannot run the guest any more.
     pub i_have_fenced: bool,
@@ -91,7 +111,7 @@ pub const LOADED: &str = "loaded";
 /// Ends the wait of a failover that is held.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfirmRequest {
-    /// Name or UUID.
+    /// Name, UUID or id.
     pub domain: String,
     /// Let the guest run; otherwise the failover is given up and the image stays.
     pub proceed: bool,

@@ -1,12 +1,25 @@
 //! Generated admin messages to and from domain types.
 
 use super::admin as domain;
-use super::convert::{epoch, generation, guest, optional_text, shortened, sixteen, text, uuid_bytes};
+use super::convert::{epoch, generation, guest, shortened, sixteen, text, uuid_bytes};
 use super::generated::admin as wire;
 use crate::ids::Incarnation;
 use crate::pace::EpochGoals;
 use crate::{ProtocolError, limits};
 use std::time::Duration;
+
+/// How a request names a domain.
+fn key(value: String) -> Result<String, ProtocolError> {
+    filled("domain", value)
+}
+
+fn filled(field: &'static str, value: String) -> Result<String, ProtocolError> {
+    if value.is_empty() { Err(ProtocolError::Missing { field }) } else { text(field, value) }
+}
+
+fn millis(d: Duration) -> u32 {
+    u32::try_from(d.as_millis()).unwrap_or(u32::MAX)
+}
 
 fn micros(d: Duration) -> u64 {
     u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
@@ -17,8 +30,8 @@ impl TryFrom<wire::ProtectRequest> for domain::ProtectRequest {
 
     fn try_from(m: wire::ProtectRequest) -> Result<Self, ProtocolError> {
         Ok(Self {
-            domain: text("domain", m.domain)?,
-            to: text("backup host", m.to)?,
+            domain: key(m.domain)?,
+            to: filled("backup host", m.to)?,
             epoch: m.epoch_ms.map(|ms| Duration::from_millis(ms.into())),
             insecure: m.insecure,
             ungated: m.ungated,
@@ -55,7 +68,7 @@ impl From<domain::ProtectRequest> for wire::ProtectRequest {
         Self {
             domain: m.domain,
             to: m.to,
-            epoch_ms: m.epoch.map(|d| u32::try_from(d.as_millis()).unwrap_or(u32::MAX)),
+            epoch_ms: m.epoch.map(millis),
             insecure: m.insecure,
             ungated: m.ungated,
             goals: m.goals.map(Into::into),
@@ -100,7 +113,7 @@ impl TryFrom<wire::UnprotectRequest> for domain::UnprotectRequest {
     type Error = ProtocolError;
 
     fn try_from(m: wire::UnprotectRequest) -> Result<Self, ProtocolError> {
-        Ok(Self { domain: text("domain", m.domain)? })
+        Ok(Self { domain: key(m.domain)? })
     }
 }
 
@@ -128,7 +141,7 @@ impl TryFrom<wire::StatusRequest> for domain::StatusRequest {
     type Error = ProtocolError;
 
     fn try_from(m: wire::StatusRequest) -> Result<Self, ProtocolError> {
-        Ok(Self { domain: optional_text("domain", m.domain)? })
+        Ok(Self { domain: m.domain.map(key).transpose()? })
     }
 }
 
@@ -150,6 +163,7 @@ impl TryFrom<wire::StatusReply> for domain::StatusReply {
         Ok(Self {
             guests: m.guests.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             host: text("host", m.host)?,
+            role: role(m.role)?,
         })
     }
 }
@@ -157,7 +171,51 @@ impl TryFrom<wire::StatusReply> for domain::StatusReply {
 impl From<domain::StatusReply> for wire::StatusReply {
     fn from(m: domain::StatusReply) -> Self {
         let guests = m.guests.into_iter().take(limits::MAX_STATUS_GUESTS);
-        Self { guests: guests.map(Into::into).collect(), host: m.host }
+        Self {
+            guests: guests.map(Into::into).collect(),
+            host: m.host,
+            role: wire::AgentRole::from(m.role).into(),
+        }
+    }
+}
+
+impl TryFrom<wire::GetRequest> for domain::StatusRequest {
+    type Error = ProtocolError;
+
+    fn try_from(m: wire::GetRequest) -> Result<Self, ProtocolError> {
+        Ok(Self { domain: Some(key(m.domain)?) })
+    }
+}
+
+impl TryFrom<wire::SetRequest> for domain::SetRequest {
+    type Error = ProtocolError;
+
+    fn try_from(m: wire::SetRequest) -> Result<Self, ProtocolError> {
+        Ok(Self {
+            domain: key(m.domain)?,
+            epoch: m.epoch_ms.map(|ms| Duration::from_millis(ms.into())),
+            goals: m.goals.map(TryInto::try_into).transpose()?,
+        })
+    }
+}
+
+impl From<domain::SetRequest> for wire::SetRequest {
+    fn from(m: domain::SetRequest) -> Self {
+        Self { domain: m.domain, epoch_ms: m.epoch.map(millis), goals: m.goals.map(Into::into) }
+    }
+}
+
+impl TryFrom<wire::SetReply> for domain::SetReply {
+    type Error = ProtocolError;
+
+    fn try_from(m: wire::SetReply) -> Result<Self, ProtocolError> {
+        Ok(Self { text: text("reply text", m.text)? })
+    }
+}
+
+impl From<domain::SetReply> for wire::SetReply {
+    fn from(m: domain::SetReply) -> Self {
+        Self { text: shortened(m.text) }
     }
 }
 
@@ -165,7 +223,7 @@ impl TryFrom<wire::FailoverRequest> for domain::FailoverRequest {
     type Error = ProtocolError;
 
     fn try_from(m: wire::FailoverRequest) -> Result<Self, ProtocolError> {
-        Ok(Self { domain: text("domain", m.domain)?, i_have_fenced: m.i_have_fenced, hold: m.hold })
+        Ok(Self { domain: key(m.domain)?, i_have_fenced: m.i_have_fenced, hold: m.hold })
     }
 }
 
@@ -179,7 +237,7 @@ impl TryFrom<wire::ConfirmRequest> for domain::ConfirmRequest {
     type Error = ProtocolError;
 
     fn try_from(m: wire::ConfirmRequest) -> Result<Self, ProtocolError> {
-        Ok(Self { domain: text("domain", m.domain)?, proceed: m.proceed })
+        Ok(Self { domain: key(m.domain)?, proceed: m.proceed })
     }
 }
 

@@ -1,13 +1,14 @@
 //! Client and server of the service `Admin`, in domain types.
 
 use super::admin::{
-    ConfirmRequest, FailoverRequest, Progress, ProtectRequest, StatusReply, StatusRequest, UnprotectReply,
-    UnprotectRequest,
+    ConfirmRequest, FailoverRequest, Progress, ProtectRequest, SetReply, SetRequest, StatusReply,
+    StatusRequest, UnprotectReply, UnprotectRequest,
 };
 use super::epoch_service::checked;
 use super::generated::admin as wire;
-use super::{Failure, FallibleStream};
+use super::{Failure, FailureKind, FallibleStream};
 use crate::limits;
+use futures::FutureExt;
 use std::pin::Pin;
 use std::sync::Arc;
 use tokio_stream::{Stream, StreamExt};
@@ -28,21 +29,44 @@ pub trait AdminService: Send + Sync + 'static {
     async fn watch(&self, request: StatusRequest) -> Result<FallibleStream<StatusReply>, Failure>;
     /// Starts a guest from its last committed epoch.
     async fn failover(&self, request: FailoverRequest) -> Result<FallibleStream<Progress>, Failure>;
+    /// Changes settings of a protected guest.
+    async fn set(&self, _request: SetRequest) -> Result<SetReply, Failure> {
+        Err(Failure::wrong_agent("set", "primary"))
+    }
     /// Ends the wait of a failover that is held.
     async fn confirm(&self, _request: ConfirmRequest) -> Result<(), Failure> {
         Err(Failure::wrong_agent("confirm", "backup"))
     }
 }
 
-/// The service, ready to be added to a [`super::transport::server`].
-pub fn admin_routes(service: Arc<impl AdminService>) -> Routes {
-    Routes::new(
+/// What reflection tells of the service; the test `bootstrap` keeps it current.
+const DESCRIPTORS: &[u8] = include_bytes!("../gen/understudy.admin.v1.bin");
+
+/// The service with health and reflection beside it, ready to be added to a [`super::transport::server`].
+pub fn admin_routes<S: AdminService>(service: Arc<S>) -> Routes {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    // Nobody else knows the reporter yet, so this is done at once.
+    let _ = reporter.set_serving::<wire::admin_server::AdminServer<Adapter<S>>>().now_or_never();
+    let mut routes = Routes::new(
         wire::admin_server::AdminServer::new(Adapter(service))
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES),
     )
+    .add_service(health);
+    let told = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    // Both versions: tools that are in use speak the older one.
+    match (told().build_v1(), told().build_v1alpha()) {
+        (Ok(now), Ok(before)) => routes = routes.add_service(now).add_service(before),
+        (Err(error), _) | (_, Err(error)) => tracing::error!(%error, "no reflection is served"),
+    }
+    routes
 }
 
+/// The generated service, served by ours.
 struct Adapter<S>(Arc<S>);
 
 type WireStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -60,6 +84,22 @@ impl<S: AdminService> wire::admin_server::Admin for Adapter<S> {
     type ProtectStream = WireStream<wire::Progress>;
     type WatchStream = WireStream<wire::StatusReply>;
     type FailoverStream = WireStream<wire::Progress>;
+
+    async fn list(&self, _: Request<wire::ListRequest>) -> Result<Response<wire::StatusReply>, Status> {
+        Ok(Response::new(self.0.status(StatusRequest::default()).await?.into()))
+    }
+
+    async fn get(&self, request: Request<wire::GetRequest>) -> Result<Response<wire::GuestStatus>, Status> {
+        let mut reply = self.0.status(domain(request)?).await?;
+        let only = reply.guests.pop().ok_or_else(|| {
+            Failure::new(FailureKind::NotFound, "no-guest", "this agent does not know the guest any more")
+        })?;
+        Ok(Response::new(only.into()))
+    }
+
+    async fn set(&self, request: Request<wire::SetRequest>) -> Result<Response<wire::SetReply>, Status> {
+        Ok(Response::new(self.0.set(domain(request)?).await?.into()))
+    }
 
     async fn protect(
         &self,
@@ -159,6 +199,15 @@ impl AdminClient {
     /// What the agent answers.
     pub async fn failover(&mut self, request: FailoverRequest) -> Result<FallibleStream<Progress>, Failure> {
         Ok(checked(self.0.failover(wire::FailoverRequest::from(request)).await?.into_inner()))
+    }
+
+    /// Changes settings of a protected guest.
+    ///
+    /// # Errors
+    /// What the agent answers.
+    pub async fn set(&mut self, request: SetRequest) -> Result<SetReply, Failure> {
+        let reply = self.0.set(wire::SetRequest::from(request)).await?;
+        Ok(reply.into_inner().try_into()?)
     }
 
     /// Ends the wait of a failover that is held.

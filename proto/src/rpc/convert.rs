@@ -21,9 +21,14 @@ pub(super) fn optional_text(
 }
 
 /// Cuts a text of our own to what the other side accepts.
-pub(super) fn shortened(mut value: String) -> String {
-    if value.len() > limits::MAX_TEXT_BYTES {
-        let end = (0..=limits::MAX_TEXT_BYTES).rev().find(|i| value.is_char_boundary(*i)).unwrap_or(0);
+pub(super) fn shortened(value: String) -> String {
+    shortened_to(value, limits::MAX_TEXT_BYTES)
+}
+
+/// Cuts a text to so many bytes.
+pub(super) fn shortened_to(mut value: String, max_bytes: usize) -> String {
+    if value.len() > max_bytes {
+        let end = (0..=max_bytes).rev().find(|i| value.is_char_boundary(*i)).unwrap_or(0);
         value.truncate(end);
     }
     value

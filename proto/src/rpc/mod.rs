@@ -19,6 +19,7 @@ pub use admin_service::{AdminClient, AdminService, admin_routes};
 pub use epoch_service::{EpochService, EpochsClient, Inbound, Outbound, epoch_routes};
 pub use status::{Failure, FailureKind};
 pub use tonic::async_trait;
+pub use tonic::service::Routes;
 
 use std::pin::Pin;
 use tokio_stream::Stream;

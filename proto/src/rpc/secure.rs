@@ -101,7 +101,21 @@ pub(super) async fn wants_tls(authority: &str) -> io::Result<bool> {
 }
 
 /// What arrives, its handshake done. Whoever cannot be let in is logged and dropped.
-pub fn secured(mut incoming: TcpIncoming, files: TlsFiles) -> ReceiverStream<io::Result<Secure>> {
+pub fn secured(incoming: TcpIncoming, files: TlsFiles) -> ReceiverStream<io::Result<Secure>> {
+    arriving(incoming, files, false)
+}
+
+/// The same, and whoever speaks plain HTTP/2 is let in as well.
+#[cfg(feature = "test-hooks")]
+pub fn secured_or_plain(incoming: TcpIncoming, files: TlsFiles) -> ReceiverStream<io::Result<Secure>> {
+    arriving(incoming, files, true)
+}
+
+fn arriving(
+    mut incoming: TcpIncoming,
+    files: TlsFiles,
+    plain_too: bool,
+) -> ReceiverStream<io::Result<Secure>> {
     let (ready, stream) = mpsc::channel(16);
     let room = Arc::new(Semaphore::new(HANDSHAKES));
     tokio::spawn(async move {
@@ -117,7 +131,7 @@ pub fn secured(mut incoming: TcpIncoming, files: TlsFiles) -> ReceiverStream<io:
             let (ready, files) = (ready.clone(), files.clone());
             tokio::spawn(async move {
                 let peer = tcp.peer_addr().ok();
-                match tokio::time::timeout(HANDSHAKE_LIMIT, accept(tcp, &files)).await {
+                match tokio::time::timeout(HANDSHAKE_LIMIT, accept(tcp, &files, plain_too)).await {
                     Ok(Ok(connection)) => {
                         drop(place);
                         // Closed: the server has ended.
@@ -132,8 +146,12 @@ pub fn secured(mut incoming: TcpIncoming, files: TlsFiles) -> ReceiverStream<io:
     ReceiverStream::new(stream)
 }
 
-async fn accept(tcp: TcpStream, files: &TlsFiles) -> Result<Secure, String> {
+async fn accept(tcp: TcpStream, files: &TlsFiles, plain_too: bool) -> Result<Secure, String> {
     let addresses = (tcp.local_addr().ok(), tcp.peer_addr().ok());
+    let mut first = [0];
+    if plain_too && tcp.peek(&mut first).await.is_ok() && first == *b"P" {
+        return Ok(Secure::new(tcp, addresses));
+    }
     let config = files.server_config()?;
     let tls = TlsAcceptor::from(Arc::new(config)).accept(tcp).await;
     tls.map(|tls| Secure::new(tls, addresses)).map_err(|error| explained(&error))

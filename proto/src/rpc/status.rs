@@ -1,13 +1,29 @@
 //! The only place where an error becomes a gRPC status or comes from one.
 //!
 //! The status message is the reason. The rest travels as metadata, so that any gRPC client shows a readable error:
-//! `understudy-code`, `understudy-remedy-bin`, `understudy-retryable`.
+//! `understudy-code`, `understudy-remedy-bin`, `understudy-retryable`; and again as the standard details that generic
+//! clients know how to read, `google.rpc.ErrorInfo` and `google.rpc.RetryInfo`.
 
 use crate::ProtocolError;
-use crate::rpc::convert::shortened;
+use crate::rpc::convert::shortened_to;
 use std::borrow::Cow;
+use std::collections::HashMap;
+use std::time::Duration;
 use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+/// Whose reasons they are, in `google.rpc.ErrorInfo`.
+pub const ERROR_DOMAIN: &str = "understudy";
+
+/// Bytes of a reason. A status travels as headers, of which clients take 16 KiB in all; there a byte may take three.
+const MAX_REASON_BYTES: usize = 2500;
+
+/// Bytes of a remedy, which is there twice.
+const MAX_REMEDY_BYTES: usize = 1200;
+
+/// How long whoever retries should wait, as told to generic clients.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
 const CODE: &str = "understudy-code";
 const REMEDY: &str = "understudy-remedy-bin";
@@ -108,17 +124,38 @@ impl From<Failure> for Status {
             FailureKind::Unavailable => Code::Unavailable,
             FailureKind::Internal => Code::Internal,
         };
+        let (reason, remedy) =
+            (shortened_to(f.reason, MAX_REASON_BYTES), shortened_to(f.remedy, MAX_REMEDY_BYTES));
+        let mut details = ErrorDetails::new();
+        let mut told = vec![("retryable".to_owned(), f.retryable.to_string())];
+        if !remedy.is_empty() {
+            told.push(("remedy".to_owned(), remedy.clone()));
+        }
+        details.set_error_info(
+            reason_word(&f.code),
+            ERROR_DOMAIN,
+            told.into_iter().collect::<HashMap<_, _>>(),
+        );
+        if f.retryable {
+            details.set_retry_info(Some(RETRY_DELAY));
+        }
         let mut metadata = MetadataMap::new();
         // A code that is no valid header value is one of ours gone wrong; the reason still arrives.
         if let Ok(v) = MetadataValue::try_from(f.code.as_ref()) {
             metadata.insert(CODE, v);
         }
-        if !f.remedy.is_empty() {
-            metadata.insert_bin(REMEDY, MetadataValue::from_bytes(shortened(f.remedy).as_bytes()));
+        if !remedy.is_empty() {
+            metadata.insert_bin(REMEDY, MetadataValue::from_bytes(remedy.as_bytes()));
         }
         metadata.insert(RETRYABLE, MetadataValue::from_static(if f.retryable { "1" } else { "0" }));
-        Status::with_metadata(code, shortened(f.reason), metadata)
+        Status::with_error_details_and_metadata(code, reason, details, metadata)
     }
+}
+
+/// A code as `google.rpc.ErrorInfo` wants reasons: `PRIMARY_ALIVE`.
+fn reason_word(code: &str) -> String {
+    let word = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
+    code.chars().take(63).map(word).collect()
 }
 
 impl From<Status> for Failure {
@@ -174,6 +211,35 @@ mod tests {
         }
         let plain = Failure::new(FailureKind::NotFound, "no-guest", "no guest é");
         assert_eq!(Failure::from(Status::from(plain.clone())), plain);
+    }
+
+    #[test]
+    fn a_generic_client_reads_reason_and_retry_from_the_details() {
+        let failure = Failure::new(FailureKind::FailedPrecondition, "primary-alive", "the stream is open")
+            .with_remedy("fence it")
+            .retryable();
+        let details = Status::from(failure).get_error_details();
+        let info = details.error_info().unwrap();
+        assert_eq!((info.reason.as_str(), info.domain.as_str()), ("PRIMARY_ALIVE", ERROR_DOMAIN));
+        assert_eq!(
+            (info.metadata["retryable"].as_str(), info.metadata["remedy"].as_str()),
+            ("true", "fence it")
+        );
+        assert!(details.retry_info().is_some());
+        let never = Status::from(Failure::new(FailureKind::NotFound, "no-guest", "")).get_error_details();
+        assert_eq!(never.error_info().unwrap().metadata["retryable"], "false");
+        assert!(never.retry_info().is_none());
+    }
+
+    #[test]
+    fn the_longest_failure_fits_into_the_headers_of_a_client() {
+        let long = Failure::new(FailureKind::Internal, "x".repeat(100), "\n".repeat(1 << 20))
+            .with_remedy("\n".repeat(1 << 20));
+        let status = Status::from(long);
+        let message = status.message().len() * 3;
+        let base64 = |bytes: usize| bytes.div_ceil(3) * 4;
+        let remedy = status.metadata().get_bin(REMEDY).unwrap().to_bytes().unwrap().len();
+        assert!(message + base64(status.details().len()) + base64(remedy) < 15 << 10);
     }
 
     #[test]

@@ -28,6 +28,9 @@ pub enum Security {
     Plain,
     /// By mutual TLS.
     Tls(TlsFiles),
+    /// A server that takes both.
+    #[cfg(feature = "test-hooks")]
+    Either(TlsFiles),
 }
 
 /// The files of one side, and whom it talks to.

@@ -1,11 +1,13 @@
 //! How connections between agents are set up: both sides take their settings from here, so they cannot differ.
 
 use crate::limits;
+#[cfg(feature = "test-hooks")]
+pub use crate::rpc::secure::secured_or_plain;
 pub use crate::rpc::secure::{Secure, secured};
 use crate::rpc::status::{Failure, FailureKind};
 pub use crate::rpc::tls::{PKI_DIR, Security, TlsFiles};
 use hyper_util::rt::TokioIo;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 use tonic::transport::server::TcpIncoming;
@@ -13,6 +15,12 @@ use tonic::transport::{Channel, Endpoint, Server};
 
 /// Port of the backup agent.
 pub const DEFAULT_PORT: u16 = 7420;
+
+/// Port on which clients look for the admin service of a primary agent.
+pub const PRIMARY_ADMIN_PORT: u16 = 7423;
+
+/// The same of a backup agent.
+pub const BACKUP_ADMIN_PORT: u16 = 7424;
 
 /// How often a silent connection is asked for a sign of life.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
@@ -62,6 +70,11 @@ fn configured(endpoint: Endpoint) -> Endpoint {
 
 /// `HOST`, `HOST:PORT`, `ADDR`, `[V6]` or `[V6]:PORT` as `authority` of a URI, with [`DEFAULT_PORT`] if none is given.
 pub fn authority(host: &str) -> String {
+    authority_with(host, DEFAULT_PORT)
+}
+
+/// The same with another port if none is given.
+pub fn authority_with(host: &str, port: u16) -> String {
     let has_port = match host.rsplit_once(':') {
         Some((before, port)) => {
             port.parse::<u16>().is_ok() && (!before.contains(':') || before.ends_with(']'))
@@ -71,9 +84,76 @@ pub fn authority(host: &str) -> String {
     if has_port {
         host.to_owned()
     } else if host.contains(':') && !host.starts_with('[') {
-        format!("[{host}]:{DEFAULT_PORT}")
+        format!("[{host}]:{port}")
     } else {
-        format!("{host}:{DEFAULT_PORT}")
+        format!("{host}:{port}")
+    }
+}
+
+/// The host in an authority, without brackets.
+pub fn host_of(host: &str) -> String {
+    let authority = authority(host);
+    authority
+        .rsplit_once(':')
+        .map_or(authority.as_str(), |(host, _)| host)
+        .trim_matches(['[', ']'])
+        .to_owned()
+}
+
+/// Whether what is sent to `host` stays on this machine: an address of the loopback, or the name `localhost`. Other names
+/// are not resolved, they may mean something else a moment later.
+pub fn is_loopback(host: &str) -> bool {
+    let host = host_of(host);
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// `insecure-not-loopback`: plain TCP is asked for to a host that is not this one.
+pub fn insecure_refused(host: &str) -> Failure {
+    let reason =
+        format!("{host} is no loopback address: nothing of a guest is sent over a network without TLS");
+    Failure::new(FailureKind::InvalidArgument, "insecure-not-loopback", reason).with_remedy(
+        "leave out --insecure (insecure='yes') and give both hosts certificates, as for libvirt's own TLS",
+    )
+}
+
+/// The admin service over TCP: bound, and only for clients with a certificate of the CA and one of the names in
+/// `files.allowed`.
+#[derive(Debug)]
+pub struct AdminTcp {
+    incoming: TcpIncoming,
+    files: TlsFiles,
+}
+
+impl AdminTcp {
+    /// Binds it.
+    ///
+    /// # Errors
+    /// If nobody is allowed, the files cannot be used, or the address cannot be bound.
+    pub fn bind(address: SocketAddr, files: TlsFiles) -> Result<Self, String> {
+        if files.allowed.is_empty() {
+            return Err(
+                "--admin-listen needs --admin-allow: whose certificates may command this agent".to_owned()
+            );
+        }
+        files.server_config()?;
+        let incoming = listen(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
+        Ok(Self { incoming, files })
+    }
+
+    /// The address, with the port that was given if 0 was asked for.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.incoming.local_addr()
+    }
+
+    /// Serves until it fails.
+    ///
+    /// # Errors
+    /// Those of the server.
+    pub async fn serve(self, routes: tonic::service::Routes) -> Result<(), tonic::transport::Error> {
+        server().add_routes(routes).serve_with_incoming(secured(self.incoming, self.files)).await
     }
 }
 
@@ -102,10 +182,30 @@ pub async fn connect_plaintext(host: &str) -> Result<Channel, Failure> {
 /// As [`connect_plaintext`]; `tls` if one side does not accept the other, in words.
 pub async fn connect(host: &str, security: &Security) -> Result<Channel, Failure> {
     let Security::Tls(files) = security else { return connect_plaintext(host).await };
+    connect_tls(
+        authority(host),
+        files,
+        "check that understudy-backup runs there, listens on that address, and no firewall is in between",
+    )
+    .await
+}
+
+/// Connects to the admin service at `authority` by TLS.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_admin(authority: String, files: &TlsFiles) -> Result<Channel, Failure> {
+    let remedy =
+        "check that the agent there was started with --admin-listen and that no firewall is in between";
+    connect_tls(authority, files, remedy).await
+}
+
+async fn connect_tls(authority: String, files: &TlsFiles, unreachable: &str) -> Result<Channel, Failure> {
     // A mistake of ours is told as it is, and not as a connection that failed.
     files.client_config().map_err(tls_files)?;
-    let (authority, files) = (authority(host), files.clone());
-    let endpoint = Endpoint::from_shared(format!("http://{authority}"))?;
+    let files = files.clone();
+    let endpoint = Endpoint::from_shared(format!("http://{authority}"))
+        .map_err(|e| Failure { retryable: false, ..Failure::from(e) })?;
     let target = authority.clone();
     let connector = tower::service_fn(move |_: tonic::transport::Uri| {
         let (authority, files) = (authority.clone(), files.clone());
@@ -117,13 +217,12 @@ pub async fn connect(host: &str, security: &Security) -> Result<Channel, Failure
         let reason = format!("cannot connect to {target}: {}", failure.reason);
         if is_tls {
             return Failure::new(FailureKind::FailedPrecondition, "tls", reason).with_remedy(
-                "compare the certificates of the two hosts: same CA, not expired, and a subject alternative name for \
-                 the name that --to says; the log of understudy-backup there says what it refuses",
+                "compare the certificates of the two hosts: same CA, not expired, a subject alternative name for \
+                 the name it was called by, and one that is allowed there; the log of the agent there says what it \
+                 refuses",
             );
         }
-        Failure { reason, ..failure }.with_remedy(
-            "check that understudy-backup runs there, listens on that address, and no firewall is in between",
-        )
+        Failure { reason, ..failure }.with_remedy(unreachable)
     })
 }
 
@@ -131,7 +230,7 @@ pub async fn connect(host: &str, security: &Security) -> Result<Channel, Failure
 pub fn tls_files(reason: String) -> Failure {
     Failure::new(FailureKind::FailedPrecondition, "tls-files", reason).with_remedy(
         "make the certificates as for libvirt's own TLS (CA/cacert.pem, libvirt/clientcert.pem and \
-         libvirt/private/clientkey.pem in --pki-dir), or give --insecure on a network that only the two hosts share",
+         libvirt/private/clientkey.pem in --pki-dir)",
     )
 }
 
@@ -156,6 +255,18 @@ pub async fn connect_unix(path: &Path) -> Result<Channel, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_stays_on_this_machine_is_loopback() {
+        for host in ["localhost", "localhost:1", "127.0.0.1", "127.8.8.8:9", "::1", "[::1]:7"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in
+            ["beta", "127.0.0.1.evil", "10.0.0.1:7420", "::", "0.0.0.0", "localhost.example", "fe80::1"]
+        {
+            assert!(!is_loopback(host), "{host}");
+        }
+    }
 
     #[test]
     fn authority_table() {

@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 
-use crate::lab::plan::{BACKUP_PORT, HostName};
+use crate::lab::pki;
+use crate::lab::plan::{BACKUP_ADMIN_PORT, BACKUP_PORT, HostName, PRIMARY_ADMIN_PORT};
 
 /// systemd's default for `RestartSec`.
 const RESTART: Duration = Duration::from_millis(100);
@@ -41,24 +42,34 @@ impl Program {
 }
 
 pub(super) fn keep_running(shared: &Path, host: HostName) {
-    let listen = format!("0.0.0.0:{BACKUP_PORT}");
-    let hung_after = HUNG_AFTER_MS.to_string();
-    let daemons: [(&str, Vec<String>); 3] = [
-        ("understudy-primary", vec![]),
-        ("understudy-backup", vec!["--listen".into(), listen, "--insecure".into()]),
-        ("understudy-watchdog", vec!["--hung-after-ms".into(), hung_after]),
+    // Some scenarios ask for plain connections, which only a lab's agents accept from another host.
+    let both = |port: u16| {
+        format!("--insecure-anywhere true --admin-listen 0.0.0.0:{port} --admin-allow {}", pki::OPERATOR)
+    };
+    let allowed = HostName::ALL.map(|host| format!("--allow {host}")).join(" ");
+    let daemons = [
+        ("understudy-primary", both(PRIMARY_ADMIN_PORT)),
+        (
+            "understudy-backup",
+            format!("--listen 0.0.0.0:{BACKUP_PORT} {allowed} {}", both(BACKUP_ADMIN_PORT)),
+        ),
+        ("understudy-watchdog", format!("--hung-after-ms {HUNG_AFTER_MS}")),
     ];
+    let certificates = pki::folder(shared, host.name());
     for (name, arguments) in daemons {
         let program = Program::new(shared, name);
         let log = shared.join("log").join(format!("{host}-{name}.log"));
-        std::thread::spawn(move || supervise(name, &program, &arguments, &log));
+        let certificates = certificates.clone();
+        let arguments: Vec<_> = arguments.split_whitespace().map(str::to_owned).collect();
+        std::thread::spawn(move || supervise(name, &program, &arguments, &certificates, &log));
     }
-    let commands = ["understudy", "understudy-hook"].map(|name| (name, Program::new(shared, name), None));
+    let commands = ["understudy", "understudy-hook", "understudy-generic"]
+        .map(|name| (name, Program::new(shared, name), None));
     std::thread::spawn(move || keep_in_place(commands));
 }
 
 /// Programs that are only to be there, each with the stamp of what is there.
-fn keep_in_place(mut commands: [(&str, Program, Option<SystemTime>); 2]) {
+fn keep_in_place(mut commands: [(&str, Program, Option<SystemTime>); 3]) {
     loop {
         for (name, program, have) in &mut commands {
             let stamp = program.stamp();
@@ -72,7 +83,7 @@ fn keep_in_place(mut commands: [(&str, Program, Option<SystemTime>); 2]) {
 
 /// Runs one daemon for ever. `/run/lab/NAME.hold` keeps it from being started; `/run/lab/NAME.args` adds
 /// arguments, one a line.
-fn supervise(name: &str, program: &Program, arguments: &[String], log: &Path) {
+fn supervise(name: &str, program: &Program, arguments: &[String], certificates: &Path, log: &Path) {
     let hold = format!("/run/lab/{name}.hold");
     loop {
         let stamp = program.stamp();
@@ -80,11 +91,26 @@ fn supervise(name: &str, program: &Program, arguments: &[String], log: &Path) {
             std::thread::sleep(POLL);
             continue;
         }
-        if report(name, program.fetch()) {
+        if report(name, place_certificates(certificates)) && report(name, program.fetch()) {
             report(name, run(name, program, arguments, log, stamp));
         }
         std::thread::sleep(RESTART);
     }
+}
+
+/// Where libvirt and the agents look for them. They are made before the programs are put into the shared folder.
+fn place_certificates(from: &Path) -> Result<()> {
+    for file in pki::FILES {
+        let to = Path::new("/etc/pki").join(file);
+        if !to.exists() {
+            fs::create_dir_all(to.parent().unwrap_or(&to))?;
+            // Three daemons begin at once: each sees whole files only.
+            let fresh = to.with_extension(format!("{:?}", std::thread::current().id()));
+            fs::copy(from.join(file), &fresh).with_context(|| format!("no certificate {file}"))?;
+            fs::rename(&fresh, &to)?;
+        }
+    }
+    Ok(())
 }
 
 fn report(name: &str, result: Result<()>) -> bool {

@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::state::LabDir;
+use super::{pki, state::LabDir};
 use crate::{process, workspace};
 
 /// Package and program. The hosts keep the daemons running.
-const PROGRAMS: [(&str, &str); 5] = [
+const PROGRAMS: [(&str, &str); 6] = [
     ("understudy", "understudy"),
     ("understudy-hook", "understudy-hook"),
     ("understudy-primary", "understudy-primary"),
     ("understudy-backup", "understudy-backup"),
     ("understudy-watchdog", "understudy-watchdog"),
+    ("understudy-generic", "understudy-generic"),
 ];
 /// What the lab's agents can do and an operator's cannot.
 const FEATURE: &str = "test-hooks";
@@ -51,6 +52,7 @@ fn has_feature(metadata: &serde_json::Value, package: &str) -> bool {
 pub(crate) fn deploy(lab: &LabDir) -> Result<()> {
     let folder = lab.shared().join("bin");
     fs::create_dir_all(&folder)?;
+    pki::ensure(&lab.shared())?;
     for (_, program) in PROGRAMS {
         let from = workspace::target().join("release").join(program);
         let fresh = folder.join(format!(".{program}"));

@@ -11,6 +11,7 @@ pub(crate) mod machine;
 pub(crate) mod network;
 pub(crate) mod observer;
 pub(crate) mod pinger;
+pub(crate) mod pki;
 pub(crate) mod plan;
 pub(crate) mod remote;
 pub(crate) mod roots;

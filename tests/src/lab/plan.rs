@@ -26,6 +26,10 @@ pub(crate) const EXEC_PORT: u16 = 7001;
 pub(crate) const GUEST_PORT: u16 = 7000;
 /// Where understudy-backup listens.
 pub(crate) const BACKUP_PORT: u16 = 7420;
+/// Where understudy-primary serves operators.
+pub(crate) const PRIMARY_ADMIN_PORT: u16 = 7423;
+/// Where understudy-backup serves operators.
+pub(crate) const BACKUP_ADMIN_PORT: u16 = 7424;
 /// The bridge the guests' interfaces are put into, in every host.
 pub(crate) const GUEST_BRIDGE: &str = "br0";
 /// The last part of the client's addresses.

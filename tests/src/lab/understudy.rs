@@ -117,7 +117,7 @@ impl Lab {
 
     /// The same, with more options.
     pub(crate) fn protect_with(&self, guest: &str, on: HostName, options: &[&str]) -> Result<()> {
-        let protect = ["protect", guest, "--to", on.other().name(), "--insecure"];
+        let protect = ["protect", guest, "--to", on.other().name()];
         self.must_understudy(on, &[&protect, options].concat()).map(drop)
     }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Scenario, UP};
+use super::{Scenario, UP, verbs};
 use crate::lab::Lab;
 use crate::lab::domain::GuestSpec;
 use crate::lab::guest::Guest;
@@ -26,7 +26,7 @@ const STATE: &str = "urn:understudy:state:1";
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// What `dumpxml` shows of the state contains this within the time.
-fn wait_shown(lab: &Lab, host: HostName, words: &[&str]) -> Result<String> {
+pub(super) fn wait_shown(lab: &Lab, host: HostName, words: &[&str]) -> Result<String> {
     let end = Instant::now() + LIMIT;
     loop {
         let xml = lab.shell(host, "virsh dumpxml g1")?;
@@ -45,7 +45,7 @@ fn set(lab: &Lab, host: HostName, uri: &str, element: &str) -> Result<()> {
 }
 
 /// Defines g1 with the attributes of our element; none of our own commands has a part in it.
-fn define(lab: &Lab, attributes: &str) -> Result<()> {
+pub(super) fn define(lab: &Lab, attributes: &str) -> Result<()> {
     let element = format!("<metadata><u:protect xmlns:u='{DOMAIN}' {attributes}/></metadata>");
     let xml = GuestSpec::new("g1").xml(lab.dir());
     let xml = xml.replace("<name>g1</name>", &format!("<name>g1</name>\n  {element}"));
@@ -57,7 +57,7 @@ fn define(lab: &Lab, attributes: &str) -> Result<()> {
 }
 
 fn from_the_start(lab: &Lab) -> Result<()> {
-    define(lab, "enabled='yes' backup='beta' insecure='yes'")?;
+    define(lab, "enabled='yes' backup='beta'")?;
     lab.shell(Alpha, "virsh -q start g1")?;
     let boot = Guest::wait(lab.dir(), "g1", UP)?.count()?.boot;
     let state = wait_shown(lab, Alpha, &["value=\"protected\"", "backup=\"beta\""])?;
@@ -76,7 +76,9 @@ fn from_the_start(lab: &Lab) -> Result<()> {
     }
     let now = Guest::wait(lab.dir(), "g1", UP)?.count()?;
     ensure!(now.boot == boot, "another boot: {} instead of {boot}", now.boot);
-    super::up(lab, Alpha)
+    super::up(lab, Alpha)?;
+    // The element still says beta, where it is now: the hosts have changed places.
+    wait_shown(lab, Beta, &["value=\"protected\"", "backup=\"alpha\""]).map(drop)
 }
 
 fn by_virsh(lab: &Lab) -> Result<()> {
@@ -103,16 +105,21 @@ fn by_virsh(lab: &Lab) -> Result<()> {
 }
 
 fn hook(lab: &Lab) -> Result<()> {
+    with_hook(lab, hooked)
+}
+
+/// With the hook in place, and away afterwards.
+pub(super) fn with_hook(lab: &Lab, work: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
     lab.shell(
         Alpha,
         "understudy hook install && kill -HUP $(pidof libvirtd virtqemud) && sleep 2 && virsh -q list",
     )?;
-    let result = with_hook(lab);
+    let result = work(lab);
     lab.shell(Alpha, "understudy hook remove")?;
     result
 }
 
-fn with_hook(lab: &Lab) -> Result<()> {
+fn hooked(lab: &Lab) -> Result<()> {
     let start = |what: &str| -> Result<()> {
         let begun = Instant::now();
         let outcome = lab.exec(Alpha, &Exec::shell("virsh -q start g1").limit(LIMIT))?;
@@ -132,9 +139,7 @@ fn with_hook(lab: &Lab) -> Result<()> {
     lab.wait_agent(Alpha, Role::Primary)?;
     define(lab, "enabled='yes' backup='127.0.0.1:1' insecure='yes' required='yes'")?;
     refused(lab, "127.0.0.1:1 cannot be used")?;
-    define(lab, "enabled='yes' backup='beta' insecure='yes' required='yes'")?;
-    lab.shell(Alpha, "virsh -q start g1")?;
-    wait_shown(lab, Alpha, &["value=\"protected\""]).map(drop)
+    verbs::started_and_destroyed(lab, verbs::STARTS)
 }
 
 fn refused(lab: &Lab, words: &str) -> Result<()> {

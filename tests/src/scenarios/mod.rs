@@ -1,5 +1,6 @@
 //! The lab group: what happens to real guests on real hosts. One lab serves all scenarios.
 
+mod admin;
 mod basics;
 mod exactness;
 mod failover;
@@ -11,6 +12,7 @@ mod owner;
 mod random;
 mod refusals;
 mod traffic;
+mod verbs;
 mod verified;
 mod versions;
 
@@ -62,13 +64,16 @@ const SCENARIOS: &[&[Scenario]] = &[
     owner::SCENARIOS,
     verified::SCENARIOS,
     metadata::SCENARIOS,
+    verbs::SCENARIOS,
+    admin::SCENARIOS,
 ];
 
 /// Played after those when they are asked for by name, and on hosts of another system.
 const VARIANTS: &[&[Scenario]] = &[exactness::ON_REQUEST, failover::ON_REQUEST];
 
 /// Played when they are asked for by name, as campaigns do.
-const LONG: &[&[Scenario]] = &[verified::ON_REQUEST, owner::ON_REQUEST, traffic::ON_REQUEST];
+const LONG: &[&[Scenario]] =
+    &[verified::ON_REQUEST, owner::ON_REQUEST, traffic::ON_REQUEST, verbs::ON_REQUEST];
 
 /// How long a guest may take until it answers.
 const UP: Duration = Duration::from_secs(120);

@@ -21,6 +21,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("understudy-backup", &["understudy-proto", "understudy-libvirt"]),
     // The supervisor needs nothing of the agents: it must work when they do not.
     ("understudy-watchdog", &["understudy-proto", "understudy-libvirt"]),
+    // Knows of the admin service what reflection tells, and nothing else.
+    ("understudy-generic", &[]),
     // Runs in guests.
     ("understudy-responder", &[]),
     ("understudy", &["understudy-proto", "understudy-libvirt", "understudy-hook", "understudy-responder"]),

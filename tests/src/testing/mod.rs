@@ -79,6 +79,8 @@ pub(crate) enum Campaign {
     Verify,
     /// The lab's scenarios on hosts of Debian 13, then failovers between those and hosts of this machine's own system
     Debian13,
+    /// virsh's verbs on protected guests, and fifty starts and destroys in a row with libvirt's hook
+    Verbs,
 }
 
 /// Runs a campaign; the exit status tells whether all is well.
@@ -88,6 +90,10 @@ pub(crate) fn campaign(name: Campaign) -> Result<i32> {
     match name {
         Campaign::Microvm => microvm::run(&mut report, microvm::CAMPAIGN_CYCLES)?,
         Campaign::Supervisor => supervisor::run(&mut report, supervisor::CAMPAIGN_DEATHS)?,
+        Campaign::Verbs => {
+            crate::scenarios::run(&mut report, "verbs: ", Roots::default())?;
+            crate::scenarios::run(&mut report, "campaign: fifty starts", Roots::default())?;
+        }
         Campaign::Owner => crate::scenarios::run(&mut report, crate::scenarios::OWNER, Roots::default())?,
         Campaign::Verify => crate::scenarios::run(&mut report, crate::scenarios::CAMPAIGN, Roots::default())?,
         Campaign::Debian13 => {
