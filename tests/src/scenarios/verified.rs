@@ -218,9 +218,11 @@ fn bitten(lab: &Lab, on: HostName, fault: Option<&str>) -> Result<(Verdict, usiz
     // The host is lost as far as the guest and its agent are concerned.
     lab.hold_agent(on, Role::Primary)?;
     lab.shell(on, "virsh -q destroy g1; virsh -q undefine g1")?;
-    lab.heal(repl)?;
     let promoted = FramesFrom::start(lab, on.other(), "g1")?;
     lab.failover("g1", on.other())?;
+    // Not before: the kernel of a host whose agent is dead goes on sending what the agent has written, and the backup
+    // would rightly commit it.
+    lab.heal(repl)?;
     promoted.wait(ANSWERS, LIMIT).context("the guest that was promoted does not answer")?;
     let verdict = verify.end()?;
     lab.shell(on, &format!("rm -f /run/lab/{}.args", Role::Primary.program()))?;
