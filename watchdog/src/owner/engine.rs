@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use understudy_proto::heartbeat::Heartbeat;
 use understudy_proto::ids::Generation;
+use understudy_proto::ownership::Ownership;
 
 use super::detector::{Detector, Suspicion};
 use super::event::{Command, Event, Policies, QemuCrash, Role};
@@ -86,6 +87,8 @@ pub struct Engine {
     claim_until: Option<Instant>,
     role_since: Instant,
     read_at: Instant,
+    /// The swap asked for last, while it is wanted.
+    asked: Option<Ownership>,
     timeline: Timeline,
 }
 
@@ -101,6 +104,7 @@ impl Engine {
             claim_until: None,
             role_since: now,
             read_at: now,
+            asked: None,
             timeline: Timeline::default(),
         }
     }
@@ -136,7 +140,8 @@ impl Engine {
         }
         if now >= self.read_at {
             // A swap that got lost is asked for again, and whatever came of it is read.
-            out.extend(self.protocol.wanted().map(|new| Output::Command(Command::Swap(new))));
+            self.asked = self.protocol.wanted();
+            out.extend(self.asked.clone().map(|new| Output::Command(Command::Swap(new))));
             out.push(Output::Command(Command::Read));
             self.read_later(now);
         }
@@ -217,13 +222,20 @@ impl Engine {
         } else if self.protocol.wanted().is_some() {
             self.read_at = self.read_at.min(now + self.timing.read_eager);
         }
-        // Read behind it: that is how its outcome is learnt.
+        let asked = std::mem::replace(&mut self.asked, self.protocol.wanted());
         for command in commands {
-            let swap = matches!(command, Command::Swap(_));
-            out.push(Output::Command(command));
-            if swap {
-                out.push(Output::Command(Command::Read));
+            let swap = match &command {
+                Command::Swap(new) => Some(new.clone()),
+                _ => None,
+            };
+            // Every answer of the arbiter makes the protocol say again what it wants. One that fails is asked again in
+            // time, not as fast as the arbiter answers.
+            if swap.is_some() && swap == asked {
+                continue;
             }
+            out.push(Output::Command(command));
+            // Read behind it: that is how its outcome is learnt.
+            out.extend(swap.map(|_| Output::Command(Command::Read)));
         }
     }
 

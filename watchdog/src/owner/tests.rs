@@ -52,3 +52,24 @@ fn an_instance_whose_generation_nobody_knows_any_more_is_what_ran_here_before() 
     dog.step(running(None));
     assert_eq!(dog.step(record(3, 2, solo("b"))), []);
 }
+
+#[test]
+fn a_swap_that_fails_is_asked_for_again_in_time_and_not_as_fast_as_the_arbiter_answers() {
+    let mut now = std::time::Instant::now();
+    let mut dog = Engine::new("b", Policies::default(), Timing::default(), now);
+    let swaps = |said: Vec<Output>| {
+        said.iter().filter(|out| matches!(out, Output::Command(Command::Swap(_)))).count()
+    };
+    let image = Image { incarnation: Incarnation(uuid::Uuid::from_u128(1)), generation: Generation(1) };
+    dog.step(Input::Event(Event::Local(Local { image: Some(image), ..Local::default() })), now);
+    dog.step(Input::Event(record(1, 1, pair("a", "b"))), now);
+    assert_eq!(swaps(dog.step(Input::Event(Event::Suspect), now)), 1);
+    // The arbiter answers what it has: nothing was swapped.
+    for _ in 0..100 {
+        assert_eq!(swaps(dog.step(Input::Event(record(1, 1, pair("a", "b"))), now)), 0);
+    }
+    now = now.max(dog.deadline());
+    assert_eq!(swaps(dog.step(Input::Tick, now)), 1, "a swap may have been lost");
+    // Another record, another swap.
+    assert_eq!(swaps(dog.step(Input::Event(record(2, 1, pair("a", "b"))), now)), 1);
+}
