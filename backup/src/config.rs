@@ -108,8 +108,7 @@ impl Config {
     /// # Errors
     /// Why it cannot be had.
     pub fn admin_tcp(&self) -> Result<Option<AdminTcp>, String> {
-        let files = || TlsFiles::server(&self.pki_dir, self.admin_allow.clone());
-        self.admin_listen.map(|address| AdminTcp::bind(address, files())).transpose()
+        AdminTcp::wanted(self.admin_listen, &self.pki_dir, &self.admin_allow)
     }
 
     /// Checks what the parser cannot; all mistakes at once.

@@ -34,16 +34,11 @@ pub(crate) enum Bench {
 
 /// Runs one; `more` goes to it as it is.
 pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Result<i32> {
-    if bench == Bench::Failover {
-        return failover::run(json.as_deref(), more);
-    }
-    if bench == Bench::Latency {
-        return crate::scenarios::latency::run(json.as_deref());
-    }
-    let mut cargo = workspace::cargo();
-    cargo.args(["run", "--locked", "--release", "-p"]);
     let name = match bench {
-        Bench::Load | Bench::Failover | Bench::Latency => None,
+        // In the lab, by this program itself.
+        Bench::Failover => return failover::run(json.as_deref(), more),
+        Bench::Latency => return crate::scenarios::latency::run(json.as_deref()),
+        Bench::Load => None,
         Bench::Pause => Some("pause"),
         Bench::Slowdown => Some("slowdown"),
         Bench::Autopilot => Some("autopilot"),
@@ -51,6 +46,8 @@ pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Resul
         Bench::Codec => Some("codec"),
         Bench::Memory => Some("memory"),
     };
+    let mut cargo = workspace::cargo();
+    cargo.args(["run", "--locked", "--release", "-p"]);
     match name {
         Some(name) => cargo.args(["understudy-tests", "--example", "bench", "--", name]),
         None => cargo.args(["understudy-backup", "--example", "promotion_time", "--"]),

@@ -125,10 +125,18 @@ pub struct AdminTcp {
 }
 
 impl AdminTcp {
-    /// Binds it.
+    /// Binds it, if there is an address; `allow` are the names whose certificates may command the agent.
     ///
     /// # Errors
     /// If nobody is allowed, the files cannot be used, or the address cannot be bound.
+    pub fn wanted(address: Option<SocketAddr>, pki: &Path, allow: &[String]) -> Result<Option<Self>, String> {
+        address.map(|address| Self::bind(address, TlsFiles::server(pki, allow.to_vec()))).transpose()
+    }
+
+    /// Binds it.
+    ///
+    /// # Errors
+    /// As [`Self::wanted`].
     pub fn bind(address: SocketAddr, files: TlsFiles) -> Result<Self, String> {
         if files.allowed.is_empty() {
             return Err(

@@ -13,7 +13,7 @@ use understudy_proto::rpc::Failure;
 use super::fencing::Fencing;
 use super::handing::Handing;
 use super::hands::{self, Hands};
-use super::host::{Over, Place, Seen};
+use super::host::{Place, Seen};
 use super::renew::Renewal;
 use super::reports::{Finished, Reports};
 use super::{Answer, Settings};
@@ -197,7 +197,7 @@ impl Kept {
         self.gone_since = if gone { self.gone_since.or(Some(now)) } else { None };
         let gone_for = self.gone_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         // What the agent has let go is not protected any more, however that came: no image may be started from.
-        leads && !crashed && (matches!(over, Some(Over { .. })) || let_go) || gone_for >= GONE
+        leads && !crashed && (over.is_some() || let_go) || gone_for >= GONE
     }
 
     /// What a protection that goes on here means.
