@@ -5,26 +5,44 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{SHAPES, Scenario, advances, is_protected, protected, start_shaped};
+use super::{SHAPES, Scenario, Step, advances, in_turn, is_protected, start_shaped};
 use crate::lab::Lab;
 use crate::lab::guest::Guest;
 use crate::lab::plan::HostName::{Alpha, Beta};
 use crate::lab::understudy::Role;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    ("lifecycle: unprotect ends protection, the guest runs on", unprotect),
-    ("lifecycle: the primary agent is killed, the guest runs on", primary_killed),
+    (
+        "lifecycle: unprotected, its agent killed, suspended, rebooted: a guest runs on and is protected",
+        |lab| in_turn(lab, &[], LIMIT, RUNS_ON),
+    ),
+    ("lifecycle: shutdown and destroy end protection, undefine does not", |lab| {
+        in_turn(lab, &[], LIMIT, ENDS)
+    }),
     (
         "lifecycle: the primary agent is killed in the middle of a stop and not started again, the guest runs on",
         primary_killed_at_a_stop,
     ),
-    ("lifecycle: the backup agent is killed, the primary says so and goes on when it is back", backup_killed),
-    ("lifecycle: a cut replication link is noticed and healed", link_cut),
-    ("lifecycle: virsh shutdown ends protection", |lab| ends_by(lab, "virsh shutdown g1")),
-    ("lifecycle: virsh destroy ends protection", |lab| ends_by(lab, "virsh destroy g1")),
-    ("lifecycle: virsh undefine leaves the running guest protected", undefine),
-    ("lifecycle: virsh suspend and resume", suspend),
-    ("lifecycle: a reboot is followed", reboot),
+    (
+        "lifecycle: the backup agent is killed, the link is cut: the primary says so, and goes on afterwards",
+        |lab| in_turn(lab, UNGATED, LIMIT, BACKUP_LOST),
+    ),
+];
+
+const RUNS_ON: &[Step] = &[
+    ("unprotect ends protection, the guest runs on", unprotect),
+    ("the primary agent is killed, the guest runs on", primary_killed),
+    ("virsh suspend and resume", suspend),
+    ("a reboot is followed", reboot),
+];
+const ENDS: &[Step] = &[
+    ("virsh shutdown ends protection", |lab, guest| ends_by(lab, guest, "virsh shutdown g1")),
+    ("virsh destroy ends protection", |lab, guest| ends_by(lab, guest, "virsh destroy g1")),
+    ("virsh undefine leaves the running guest protected", undefine),
+];
+const BACKUP_LOST: &[Step] = &[
+    ("the backup agent is killed, the primary says so and goes on when it is back", backup_killed),
+    ("a cut replication link is noticed and healed", link_cut),
 ];
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -43,10 +61,9 @@ fn runs_on(guest: &mut Guest) -> Result<()> {
     guest.must("check").map(drop)
 }
 
-fn unprotect(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab, &[], LIMIT)?;
+fn unprotect(lab: &Lab, guest: &mut Guest) -> Result<()> {
     lab.must_understudy(Alpha, &["unprotect", "g1"])?;
-    runs_on(&mut guest)?;
+    runs_on(guest)?;
     ensure!(
         lab.status(Alpha, Role::Primary, "g1")?.is_none_or(|status| !is_protected(&status)),
         "still protected"
@@ -55,7 +72,7 @@ fn unprotect(lab: &Lab) -> Result<()> {
     // And it can be protected again.
     lab.protect("g1", Alpha)?;
     advances(lab, LIMIT)?;
-    runs_on(&mut guest)
+    runs_on(guest)
 }
 
 /// The paused copy goes away with the protection; one that was just being created goes when it is there.
@@ -72,13 +89,12 @@ fn no_standby(lab: &Lab) -> Result<()> {
     }
 }
 
-fn primary_killed(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab, &[], LIMIT)?;
+fn primary_killed(lab: &Lab, guest: &mut Guest) -> Result<()> {
     lab.kill_agent(Alpha, Role::Primary)?;
-    runs_on(&mut guest).context("right after the agent was killed")?;
+    runs_on(guest).context("right after the agent was killed")?;
     // The next one finds what is left and takes the guest up again.
     advances(lab, LIMIT).context("protection does not come back")?;
-    runs_on(&mut guest)
+    runs_on(guest)
 }
 
 /// The agent dies where QEMU waits for its word; only the supervisor is left to say it.
@@ -114,31 +130,28 @@ fn primary_killed_at_a_stop(lab: &Lab) -> Result<()> {
     runs_on(&mut guest)
 }
 
-fn backup_killed(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab, UNGATED, LIMIT)?;
+fn backup_killed(lab: &Lab, guest: &mut Guest) -> Result<()> {
     lab.hold_agent(Beta, Role::Backup)?;
     lab.wait_status((Alpha, Role::Primary), "g1", Duration::from_secs(10), |status| !is_protected(status))
         .context("the primary does not notice that its backup is gone")?;
-    runs_on(&mut guest)?;
+    runs_on(guest)?;
     lab.release_agent(Beta, Role::Backup)?;
     advances(lab, LIMIT).context("protection does not come back")?;
-    runs_on(&mut guest)
+    runs_on(guest)
 }
 
-fn link_cut(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab, UNGATED, LIMIT)?;
+fn link_cut(lab: &Lab, guest: &mut Guest) -> Result<()> {
     let repl = "repl".parse()?;
     lab.cut(repl)?;
     lab.wait_status((Alpha, Role::Primary), "g1", Duration::from_secs(30), |status| !is_protected(status))
         .context("the primary does not notice that the link is cut")?;
-    runs_on(&mut guest)?;
+    runs_on(guest)?;
     lab.heal(repl)?;
     advances(lab, LIMIT).context("protection does not come back")?;
-    runs_on(&mut guest)
+    runs_on(guest)
 }
 
-fn ends_by(lab: &Lab, command: &str) -> Result<()> {
-    drop(protected(lab, &[], LIMIT)?);
+fn ends_by(lab: &Lab, guest: &mut Guest, command: &str) -> Result<()> {
     // libvirt takes the stop of a checkpoint for a pause, and shuts down only what runs: whoever asks in that moment
     // is told so, and asks again.
     let script = format!(
@@ -156,23 +169,21 @@ fn ends_by(lab: &Lab, command: &str) -> Result<()> {
     no_standby(lab)?;
     // The domain can be started and protected again.
     lab.shell(Alpha, "virsh start g1")?;
-    let mut guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
+    *guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
     lab.protect("g1", Alpha)?;
     advances(lab, LIMIT)?;
-    runs_on(&mut guest)
+    runs_on(guest)
 }
 
-fn undefine(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab, &[], LIMIT)?;
+fn undefine(lab: &Lab, guest: &mut Guest) -> Result<()> {
     lab.shell(Alpha, "virsh undefine g1")?;
-    runs_on(&mut guest)?;
+    runs_on(guest)?;
     advances(lab, LIMIT)
 }
 
 /// A suspend that falls into the stop of a checkpoint is lost: libvirt takes that stop for its own. Whoever
 /// suspends a protected guest looks, and repeats it.
-fn suspend(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab, &[], LIMIT)?;
+fn suspend(lab: &Lab, guest: &mut Guest) -> Result<()> {
     lab.shell(
         Alpha,
         "for i in $(seq 20); do
@@ -191,18 +202,16 @@ fn suspend(lab: &Lab) -> Result<()> {
     let state = lab.shell(Alpha, "virsh domstate g1")?;
     ensure!(state.trim() == "paused", "a suspended guest is {}", state.trim());
     lab.shell(Alpha, "virsh resume g1")?;
-    runs_on(&mut guest)?;
+    runs_on(guest)?;
     advances(lab, LIMIT)?;
-    runs_on(&mut guest)
+    runs_on(guest)
 }
 
-fn reboot(lab: &Lab) -> Result<()> {
-    let mut guest = protected(lab, &[], LIMIT)?;
+fn reboot(lab: &Lab, guest: &mut Guest) -> Result<()> {
     let boot = guest.count()?.boot;
-    drop(guest);
     super::reboot(lab, &boot)?;
     advances(lab, LIMIT)?;
-    let mut guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
+    *guest = Guest::wait(lab.dir(), "g1", LIMIT)?;
     guest.must("dirty 100 20")?;
-    runs_on(&mut guest)
+    runs_on(guest)
 }

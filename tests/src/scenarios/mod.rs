@@ -99,6 +99,20 @@ fn protected(lab: &Lab, options: &[&str], limit: Duration) -> Result<Guest> {
     Ok(guest)
 }
 
+/// What is done to a protected guest that runs on alpha, and leaves it protected and running there.
+type Step = (&'static str, fn(&Lab, &mut Guest) -> Result<()>);
+
+/// One guest goes through all of them: to start and protect another for each would take longer than they do.
+fn in_turn(lab: &Lab, options: &[&str], limit: Duration, steps: &[Step]) -> Result<()> {
+    let mut guest = protected(lab, options, limit)?;
+    for (what, step) in steps {
+        let began = Instant::now();
+        step(lab, &mut guest).context(*what)?;
+        println!("    {what} ({:.1} s)", began.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
 fn is_protected(status: &GuestStatus) -> bool {
     status.state() == "protected"
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Scenario, advances, protected};
+use super::{Scenario, Step, advances, in_turn, protected};
 use crate::lab::Lab;
 use crate::lab::domain::GuestSpec;
 use crate::lab::frames::FramesFrom;
@@ -20,12 +20,18 @@ use crate::{process, workspace};
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("output: the gate holds and releases in a real kernel", kernel),
     ("output: nothing leaves before the backup has the epoch", nothing_leaves_early),
-    ("output: agent killed, no frame on the wire meanwhile, none lost after", agent_killed),
-    ("output: unprotect loses no frame", unprotect),
+    ("output: agent killed, backup lost, unprotected: no frame on the wire meanwhile, none lost", |lab| {
+        in_turn(lab, &[], LIMIT, NONE_LOST)
+    }),
     ("output: connections survive a power cut, and what they hear never goes back", connections),
     ("output: an agent that stood still while its guest was promoted lets nothing out", stood_still),
-    ("output: backup lost, output is held and comes when it is back", backup_lost),
     ("output: an interface that cannot be gated is refused, and let through only when told so", ungated),
+];
+
+const NONE_LOST: &[Step] = &[
+    ("agent killed, no frame on the wire meanwhile, none lost after", agent_killed),
+    ("backup lost, output is held and comes when it is back", backup_lost),
+    ("unprotect loses no frame", unprotect),
 ];
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -92,8 +98,7 @@ fn nothing_leaves_early(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn agent_killed(lab: &Lab) -> Result<()> {
-    drop(protected(lab, &[], LIMIT)?);
+fn agent_killed(lab: &Lab, _: &mut Guest) -> Result<()> {
     let (said, pinger) = pinged(lab)?;
     lab.hold_agent(Alpha, Role::Primary)?;
     std::thread::sleep(ON_THE_WAY);
@@ -107,8 +112,7 @@ fn agent_killed(lab: &Lab) -> Result<()> {
     advances(lab, LIMIT)
 }
 
-fn unprotect(lab: &Lab) -> Result<()> {
-    drop(protected(lab, &[], LIMIT)?);
+fn unprotect(lab: &Lab, _: &mut Guest) -> Result<()> {
     let (said, pinger) = pinged(lab)?;
     lab.must_understudy(Alpha, &["unprotect", "g1"])?;
     pinger.wait(LIMIT)?;
@@ -185,8 +189,7 @@ fn stood_still(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn backup_lost(lab: &Lab) -> Result<()> {
-    drop(protected(lab, &[], LIMIT)?);
+fn backup_lost(lab: &Lab, _: &mut Guest) -> Result<()> {
     let (said, pinger) = pinged(lab)?;
     let repl = "repl".parse()?;
     lab.cut(repl)?;
