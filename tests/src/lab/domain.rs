@@ -17,8 +17,34 @@ pub(crate) struct GuestSpec {
     pub(crate) huge_pages: bool,
     /// libvirt's video model: `none`, `vga`, `cirrus`, ...
     pub(crate) video: String,
+    /// Its network card on the LAN.
+    pub(crate) card: Card,
     /// Put in among the devices as it is.
     pub(crate) extra_devices: String,
+}
+
+/// How the network card of a guest is on the LAN.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Card {
+    /// A tap in the host's bridge.
+    #[default]
+    Tap,
+    /// The same with so many queues.
+    Queues(u32),
+    /// A macvtap on the host's bridge.
+    Macvtap,
+}
+
+impl Card {
+    /// What libvirt is told, without the address.
+    fn xml(self) -> (&'static str, String) {
+        let bridge = format!("<source bridge='{GUEST_BRIDGE}'/>");
+        match self {
+            Self::Tap => ("bridge", bridge),
+            Self::Queues(count) => ("bridge", format!("{bridge}<driver queues='{count}'/>")),
+            Self::Macvtap => ("direct", format!("<source dev='{GUEST_BRIDGE}' mode='bridge'/>")),
+        }
+    }
 }
 
 /// Of its one network card on the LAN.
@@ -36,6 +62,7 @@ impl GuestSpec {
             kind: "kvm".into(),
             huge_pages: false,
             video: "none".into(),
+            card: Card::default(),
             extra_devices: String::new(),
         }
     }
@@ -43,7 +70,8 @@ impl GuestSpec {
     /// The domain's XML. No USB, and no graphics unless asked for: what this guest has not cannot slow it down, nor can
     /// what its kernel does not look for.
     pub(crate) fn xml(&self, lab: &LabDir) -> String {
-        let Self { name, machine, vcpus, memory_mib, kind, huge_pages, video, extra_devices } = self;
+        let Self { name, machine, vcpus, memory_mib, kind, huge_pages, video, card, extra_devices } = self;
+        let (attached, source) = card.xml();
         let backing = if *huge_pages { "<memoryBacking><hugepages/></memoryBacking>" } else { "" };
         let files = lab.shared().join("guest");
         let files = files.display();
@@ -71,9 +99,9 @@ impl GuestSpec {
     <video><model type='{video}'/></video>
     <serial type='file'><source path='/run/lab/{name}.serial' append='on'/></serial>
     <memballoon model='none'/>
-    <interface type='bridge'>
+    <interface type='{attached}'>
       <mac address='{mac}'/>
-      <source bridge='{GUEST_BRIDGE}'/>
+      {source}
       <model type='virtio'/>
       <rom enabled='no'/>
     </interface>

@@ -29,7 +29,7 @@ pub(super) const ON_REQUEST: &[Scenario] =
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// What a backup says of a standby whose memory is up to date.
-const WARM: &str = "ready: warm";
+pub(super) const WARM: &str = "ready: warm";
 const COLD: &str = "ready: cold";
 
 /// Protects, cuts the power, promotes, and again in the other direction. What was promoted is an ordinary domain: the
@@ -77,7 +77,7 @@ fn save_and_restore(lab: &Lab, on: HostName, boot: &str) -> Result<()> {
 }
 
 /// Protects the guest, waits for ten epochs and a standby that is as `standby` says, and cuts the power of its host.
-fn cut(lab: &Lab, on: HostName, boot: &str, standby: &str) -> Result<()> {
+pub(super) fn cut(lab: &Lab, on: HostName, boot: &str, standby: &str) -> Result<()> {
     lab.protect("g1", on)?;
     let protected = lab.status(on, Role::Primary, "g1")?.context("the primary does not know the guest")?;
     let start = protected.committed_epoch().unwrap_or(0);

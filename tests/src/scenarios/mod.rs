@@ -2,6 +2,7 @@
 
 mod admin;
 mod basics;
+mod cards;
 mod exactness;
 mod failover;
 pub(crate) mod latency;
@@ -73,7 +74,7 @@ const VARIANTS: &[&[Scenario]] = &[exactness::ON_REQUEST, failover::ON_REQUEST];
 
 /// Played when they are asked for by name, as campaigns do.
 const LONG: &[&[Scenario]] =
-    &[verified::ON_REQUEST, owner::ON_REQUEST, traffic::ON_REQUEST, verbs::ON_REQUEST];
+    &[verified::ON_REQUEST, owner::ON_REQUEST, traffic::ON_REQUEST, cards::ON_REQUEST, verbs::ON_REQUEST];
 
 /// How long a guest may take until it answers.
 const UP: Duration = Duration::from_secs(120);

@@ -98,7 +98,7 @@ fn nothing_leaves_early(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn agent_killed(lab: &Lab, _: &mut Guest) -> Result<()> {
+pub(super) fn agent_killed(lab: &Lab, _: &mut Guest) -> Result<()> {
     let (said, pinger) = pinged(lab)?;
     lab.hold_agent(Alpha, Role::Primary)?;
     std::thread::sleep(ON_THE_WAY);
