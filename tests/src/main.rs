@@ -30,7 +30,7 @@ struct Xtask {
 enum Command {
     /// Installs the Debian packages that are missing, after saying which
     Setup {
-        /// Makes the tree of a root of the lab as well
+        /// Makes what a lab with this root needs as well: kernels, the guest's program, the root's tree
         #[command(flatten)]
         root: lab::cli::RootArg,
     },
@@ -131,7 +131,10 @@ fn as_helper() -> Option<Helper> {
 
 fn run(command: Command) -> Result<i32> {
     match command {
-        Command::Setup { root } => setup::ensure().and_then(|()| assets::prepare(root.roots())).map(|()| 0),
+        Command::Setup { root } => {
+            setup::ensure()?;
+            root.given().map_or(Ok(()), assets::prepare).map(|()| 0)
+        }
         Command::Test { only, scenario, root } => testing::run(&only, &scenario, root.roots()),
         Command::Campaign { name } => testing::campaign(name),
         Command::Sim { seeds, start } => testing::sim::run(start, seeds),

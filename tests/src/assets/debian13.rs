@@ -12,7 +12,7 @@ use crate::setup::apt::{self, Archive};
 
 const SUITE: &str = "trixie";
 /// What a host needs beside the smallest system that apt can manage.
-const PACKAGES: [&str; 11] = [
+const PACKAGES: [&str; 12] = [
     "ipxe-qemu",
     "iproute2",
     "kmod",
@@ -24,6 +24,7 @@ const PACKAGES: [&str; 11] = [
     "procps",
     "qemu-system-x86",
     "seabios",
+    "tcpdump",
 ];
 /// In the tree: what it was made of, and the versions that were found in it.
 const SEAL: &str = "understudy-root";

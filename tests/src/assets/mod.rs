@@ -73,9 +73,9 @@ impl Assets {
     }
 }
 
-/// Makes the trees that hosts of these roots need, so that the first lab does not have to wait for them.
+/// Makes what a lab with these roots needs, so that the first one does not have to wait for it.
 pub(crate) fn prepare(roots: Roots) -> Result<()> {
-    trees(&workspace::lab_cache()?, roots).map(drop)
+    Assets::ensure(roots).map(drop)
 }
 
 fn trees(cache: &Path, roots: Roots) -> Result<BTreeMap<HostName, PathBuf>> {

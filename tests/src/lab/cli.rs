@@ -39,7 +39,11 @@ pub(crate) struct RootArg {
 
 impl RootArg {
     pub(crate) fn roots(self) -> Roots {
-        self.roots.unwrap_or_default()
+        self.given().unwrap_or_default()
+    }
+
+    pub(crate) fn given(self) -> Option<Roots> {
+        self.roots
     }
 }
 

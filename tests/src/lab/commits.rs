@@ -73,10 +73,11 @@ impl Commits {
         self.sealed.values().any(|sealed| *sealed > at_us)
     }
 
-    /// When what the guest sent at this moment was committed: with the epoch that ended next.
+    /// When what the guest sent at this moment was committed: with the epoch that ended next, or, if that was given up, with a
+    /// later one.
     pub(crate) fn committed_after(&self, sent_us: u64) -> Option<u64> {
         let (epoch, _) = self.sealed.iter().find(|(_, sealed)| **sealed >= sent_us)?;
-        self.committed.get(epoch).copied()
+        self.committed.range(epoch..).next().map(|(_, committed)| *committed)
     }
 }
 
@@ -110,6 +111,8 @@ mod tests {
             [90, 100, 101, 201].map(|at| commits.committed_after(at)),
             [Some(150), Some(150), None, None]
         );
+        let given_up = text + &line("sealed", "g1", 3, 250) + &line("committed", "g1", 3, 300);
+        assert_eq!(Commits::parse(&given_up, "g1").committed_after(101), Some(300));
         assert!(commits.nothing_in_flight(199) && !commits.nothing_in_flight(201));
         assert!(commits.sealed_since(199) && !commits.sealed_since(200));
     }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use pcap_file::PcapError;
 use pcap_file::pcap::PcapReader;
 
 use super::Lab;
@@ -12,6 +13,13 @@ use super::plan::HostName;
 
 /// Begins every answer.
 const BEGIN: &[u8] = b"us1 ";
+
+/// When each stamp was said first, and when it left first, microseconds.
+#[derive(Debug)]
+pub(crate) struct Stamps {
+    pub(crate) said: BTreeMap<u64, u64>,
+    pub(crate) left: BTreeMap<u64, u64>,
+}
 
 /// Two recordings: what a guest's network card sends, before the gate, and what of it the host sends into the LAN.
 #[derive(Debug)]
@@ -45,13 +53,18 @@ impl Recorded {
         Ok(this)
     }
 
-    /// Ends them; gives when each stamp was said first, and when it left first, microseconds.
-    pub(crate) fn end(self, lab: &Lab) -> Result<(BTreeMap<u64, u64>, BTreeMap<u64, u64>)> {
+    /// Ends them and reads them.
+    pub(crate) fn end(self, lab: &Lab) -> Result<Stamps> {
         let script = "for p in $(cat /run/lab/recorded.pid); do
               kill -INT $p; while kill -0 $p 2>/dev/null; do sleep 0.1; done
             done";
         lab.shell(self.host, script)?;
-        Ok((first(&self.said)?, first(&self.left)?))
+        self.read()
+    }
+
+    /// Reads them. They may have ended with the power of the host.
+    pub(crate) fn read(self) -> Result<Stamps> {
+        Ok(Stamps { said: first(&self.said)?, left: first(&self.left)? })
     }
 }
 
@@ -60,7 +73,11 @@ fn first(path: &PathBuf) -> Result<BTreeMap<u64, u64>> {
     let mut reader = PcapReader::new(file)?;
     let mut stamps = BTreeMap::new();
     while let Some(packet) = reader.next_packet() {
-        let packet = packet?;
+        let packet = match packet {
+            // A power cut has fallen into its writing.
+            Err(PcapError::IncompleteBuffer) => break,
+            other => other?,
+        };
         if let Some(stamp) = stamp(&packet.data) {
             stamps.entry(stamp).or_insert(u64::try_from(packet.timestamp.as_micros())?);
         }

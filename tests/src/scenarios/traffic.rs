@@ -8,17 +8,20 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::{Scenario, advances, protected};
 use crate::lab::Lab;
+use crate::lab::frames::FramesFrom;
 use crate::lab::guest::Guest;
 use crate::lab::plan::HostName::{Alpha, Beta};
 use crate::lab::plan::Net;
 use crate::lab::remote::Exec;
 use crate::lab::understudy::Role;
+use crate::lab::verify::Verify;
 use crate::process;
 
 /// Only when they are asked for by name: they have not been played yet.
 pub(super) const ON_REQUEST: &[Scenario] = &[
     ("traffic: 200 connections, bulk and idle, survive a power cut with what they carry", connections),
     ("traffic: a guest that sends more than commits can follow is slowed, and nothing is dropped", flood),
+    ("traffic: agent killed for 5 s under load, no frame meanwhile, nothing lost after", agent_killed),
     ("traffic: an interface is gated or refused, plugged in before or while protected", interfaces),
 ];
 
@@ -34,6 +37,18 @@ const BLOCKS: u32 = 8;
 /// An answer takes an epoch, so connections are made and asked side by side.
 const AT_ONCE: usize = 25;
 
+/// How long the agent is away.
+const AWAY: Duration = Duration::from_secs(5);
+
+/// A frame that was released in the last moment may take so long to the client through an emulated host.
+const ON_THE_WAY: Duration = Duration::from_millis(500);
+
+/// Connections that carry much meanwhile.
+const BUSY: usize = 10;
+
+/// Frames of a guest that is asked over everything and answers.
+const ANSWERS: usize = 100;
+
 fn connections(lab: &Lab) -> Result<()> {
     let boot = protected(lab, &[], LIMIT)?.count()?.boot;
     let connect = || Guest::connect(lab.dir(), "g1", LIMIT);
@@ -41,29 +56,10 @@ fn connections(lab: &Lab) -> Result<()> {
         let mut guest = connect()?;
         guest.count().map(|_| guest)
     })?;
-    let resumed = AtomicBool::new(false);
-    let transfer = |number: usize| -> Result<u32> {
-        let (mut guest, mut transfers) = (connect()?, 0);
-        // A connection that is reset, and content that is not what it should be, are errors here.
-        loop {
-            let after = resumed.load(Ordering::SeqCst);
-            guest.bulk(BLOCKS, (number as u64) << 32 | u64::from(transfers))?;
-            transfers += 1;
-            if after {
-                return Ok(transfers);
-            }
-        }
-    };
-    let transfers = std::thread::scope(|scope| {
-        let bulk: Vec<_> = (0..BULK).map(|number| scope.spawn(move || transfer(number))).collect();
+    let transfers = bulk_over(lab, BULK, || {
         std::thread::sleep(Duration::from_secs(3));
-        let failover = lab.power_off(Alpha).and_then(|()| lab.failover("g1", Beta).map(drop));
-        resumed.store(true, Ordering::SeqCst);
-        let mut transfers = 0;
-        for client in bulk {
-            transfers += client.join().unwrap_or_else(|_| bail!("a client panicked"))?;
-        }
-        failover.map(|()| transfers)
+        lab.power_off(Alpha)?;
+        lab.failover("g1", Beta).map(drop)
     })?;
     side_by_side(idle.iter_mut().collect(), |guest| {
         ensure!(guest.count()?.boot == boot, "the guest was started anew");
@@ -71,6 +67,62 @@ fn connections(lab: &Lab) -> Result<()> {
     })?;
     println!(
         "    {IDLE} idle and {BULK} bulk connections live on, {transfers} transfers of 32 KiB, every byte right"
+    );
+    Ok(())
+}
+
+/// Transfers over so many connections, one after the other, until `event` is over and once more; with how many there were.
+fn bulk_over(lab: &Lab, connections: usize, event: impl FnOnce() -> Result<()>) -> Result<u32> {
+    let over = AtomicBool::new(false);
+    let transfer = |number: usize| -> Result<u32> {
+        let (mut guest, mut transfers) = (Guest::connect(lab.dir(), "g1", LIMIT)?, 0);
+        // A connection that is reset, and content that is not what it should be, are errors here.
+        loop {
+            let after = over.load(Ordering::SeqCst);
+            guest.bulk(BLOCKS, (number as u64) << 32 | u64::from(transfers))?;
+            transfers += 1;
+            if after {
+                return Ok(transfers);
+            }
+        }
+    };
+    let transfer = &transfer;
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..connections).map(|number| scope.spawn(move || transfer(number))).collect();
+        let happened = event();
+        over.store(true, Ordering::SeqCst);
+        let mut transfers = 0;
+        for client in clients {
+            transfers += client.join().unwrap_or_else(|_| bail!("a client panicked"))?;
+        }
+        happened.map(|()| transfers)
+    })
+}
+
+/// Frames of any kind are counted on the wire, and nothing that was asked for is lost.
+fn agent_killed(lab: &Lab) -> Result<()> {
+    drop(protected(lab, &[], LIMIT)?);
+    let verify = Verify::start(lab, "g1", 20)?;
+    let frames = FramesFrom::start(lab, Alpha, "g1")?;
+    let transfers = bulk_over(lab, BUSY, || {
+        frames.wait(ANSWERS, LIMIT).context("the guest is not heard")?;
+        lab.hold_agent(Alpha, Role::Primary)?;
+        std::thread::sleep(ON_THE_WAY);
+        let before = frames.count()?;
+        std::thread::sleep(AWAY);
+        let meanwhile = frames.count()? - before;
+        lab.release_agent(Alpha, Role::Primary)?;
+        ensure!(meanwhile == 0, "{meanwhile} frames left while nobody could release them");
+        advances(lab, LIMIT)
+    })?;
+    let heard = frames.count()?;
+    frames.wait(heard + ANSWERS, LIMIT).context("the guest is not heard after")?;
+    let verdict = verify.end()?;
+    verdict.ensure_clean()?;
+    println!(
+        "    no frame for {} s; {BUSY} connections live on, {transfers} transfers of 32 KiB, every byte right; {} questions",
+        AWAY.as_secs(),
+        verdict.json["questions"]
     );
     Ok(())
 }
@@ -158,7 +210,7 @@ impl Drop for Shaped<'_> {
 }
 
 const CARD: &str = "<interface type='bridge'><mac address='52:54:00:77:02:0a'/><source bridge='br0'/>\
-    <model type='virtio'/><rom enabled='no'/></interface>";
+    <model type='virtio'/><driver queues='2'/><rom enabled='no'/></interface>";
 
 /// QEMU takes no device while it is checkpointed, so none can come past the gate; one that came before is gated with the
 /// rest.

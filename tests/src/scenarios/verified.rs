@@ -11,7 +11,7 @@ use crate::lab::commits::{self, CommitLog, host_now_us};
 use crate::lab::frames::FramesFrom;
 use crate::lab::plan::HostName;
 use crate::lab::plan::HostName::{Alpha, Beta};
-use crate::lab::stamps::Recorded;
+use crate::lab::stamps::{Recorded, Stamps};
 use crate::lab::understudy::Role;
 use crate::lab::verify::{Verdict, Verify};
 
@@ -64,21 +64,17 @@ fn agreed(lab: &Lab) -> Result<()> {
     let verify = Verify::start(lab, "g1", 20)?;
     let recorded = Recorded::start(lab, Alpha, "g1")?;
     std::thread::sleep(BEFORE);
-    let (said, left) = recorded.end(lab)?;
-    let compared = agree(&log, &said, &left);
+    let compared = recorded.end(lab).and_then(|stamps| agree(&log, &stamps));
     verify.end()?.ensure_clean()?;
     lab.restart_agent(Alpha, Role::Primary, "")?;
     let (compared, largest) = compared?;
+    ensure!(compared > 50, "only {compared} stamps could be compared");
     println!("    {compared} stamps on the LAN, the largest {largest}, each behind the commit of its epoch");
     Ok(())
 }
 
-/// No stamp is on the wire before the epoch is committed in which it was said.
-fn agree(
-    log: &CommitLog,
-    said: &std::collections::BTreeMap<u64, u64>,
-    left: &std::collections::BTreeMap<u64, u64>,
-) -> Result<(usize, u64)> {
+/// No stamp is on the wire before the epoch is committed in which it was said; with how many were, and the largest.
+fn agree(log: &CommitLog, Stamps { said, left }: &Stamps) -> Result<(usize, u64)> {
     let commits = log.read("g1")?;
     let mut compared = 0;
     for (stamp, left_us) in left {
@@ -92,7 +88,6 @@ fn agree(
             None => bail!("stamp {stamp} was on the LAN, and its epoch was never committed"),
         }
     }
-    ensure!(compared > 50, "only {compared} of {} stamps could be compared", left.len());
     Ok((compared, left.keys().last().copied().unwrap_or(0)))
 }
 
@@ -109,7 +104,8 @@ fn over_a_power_cut(lab: &Lab, verify: Verify) -> Result<Verdict> {
     verify.end()
 }
 
-/// The guest goes from host to host: protected, asked over everything under load, cut off from power, promoted.
+/// The guest goes from host to host: protected, asked over everything under load, cut off from power, promoted. What was on
+/// the LAN until then is compared with the log of commits.
 fn campaign(lab: &Lab) -> Result<()> {
     let given = std::env::var("UNDERSTUDY_CUTS").ok().and_then(|cuts| cuts.parse().ok());
     let (cuts, mut dice, mut on) = (given.unwrap_or(CUTS), Dice::new(), Alpha);
@@ -117,10 +113,13 @@ fn campaign(lab: &Lab) -> Result<()> {
     start_shaped(lab, on, SHAPES[0])?.must("dirty 300 20")?;
     for number in 1..=cuts {
         let backup = on.other();
+        lab.restart_agent(on, Role::Primary, commits::ARGUMENTS)?;
+        let log = CommitLog::from_now(lab, on);
         lab.protect("g1", on)?;
         lab.wait_status((on, Role::Primary), "g1", LIMIT, |status| {
             super::is_protected(status) && status.number("epochs_total").is_some_and(|total| total > 3)
         })?;
+        let recorded = Recorded::start(lab, on, "g1")?;
         let verify = Verify::start(lab, "g1", 20)?;
         let asked = FramesFrom::start(lab, on, "g1")?;
         asked.wait(ANSWERS, LIMIT).context("the guest is not heard")?;
@@ -131,10 +130,14 @@ fn campaign(lab: &Lab) -> Result<()> {
         lab.failover("g1", backup)?;
         frames.wait(ANSWERS, LIMIT).context("the guest that was promoted does not answer")?;
         let verdict = verify.end()?;
-        verdict.ensure_clean().with_context(|| format!("power cut {number}, of {on}"))?;
+        let which = || format!("power cut {number}, of {on}");
+        verdict.ensure_clean().with_context(which)?;
+        let (compared, largest) =
+            recorded.read().and_then(|stamps| agree(&log, &stamps)).with_context(which)?;
+        ensure!(compared > 0, "{}: no stamp could be compared", which());
         let json = &verdict.json;
         println!(
-            "    power cut {number} of {cuts}, of {on}, after {} ms: {} questions, silence {} ms, no violation",
+            "    power cut {number} of {cuts}, of {on}, after {} ms: {} questions, silence {} ms, no violation; {compared} stamps on the LAN up to {largest}, each behind its commit",
             wait.as_millis(),
             json["questions"],
             json["longest_silence_ms"]
