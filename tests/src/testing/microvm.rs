@@ -24,6 +24,10 @@ pub(super) fn run(report: &mut Report, cycles: u32) -> Result<()> {
         cargo::cargo(&["test", "--locked", "-p", "understudy-primary", "--lib", "capture::micro"]);
     cargo::tests(report, "micro-VM", &mut primary)?;
     let mut command = cargo::cargo(&["test", "--locked", "-p", "understudy-tests", "--test", "microvm"]);
+    if cycles >= CAMPAIGN_CYCLES {
+        // What is built once for it is run twenty times as often.
+        command.arg("--release");
+    }
     command.args(["--", "--nocapture"]).env("UNDERSTUDY_MICROVM_CYCLES", cycles.to_string());
     failovers(report, &mut command, cycles)
 }
