@@ -1,9 +1,11 @@
 //! The full copy: everything from the first byte to the end of epoch 0.
 
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tracing::debug;
+use tracing::{debug, warn};
 use understudy_libvirt::{Monitor, QemuVersion, qmp};
 use understudy_proto::qemu::{
     CheckpointReader, EndSeen, PrecopyEvent, PrecopyReader, RETURN_PATH_SHUT, StreamError,
@@ -22,7 +24,7 @@ const REASON_LIMIT: Duration = Duration::from_secs(2);
 
 /// A full copy under way.
 pub(super) struct Precopy<'a> {
-    monitor: &'a dyn Monitor,
+    monitor: &'a Arc<dyn Monitor>,
     options: &'a ColoOptions,
     version: &'a QemuVersion,
     dialect: Dialect,
@@ -36,7 +38,7 @@ pub(super) struct Precopy<'a> {
 
 impl<'a> Precopy<'a> {
     pub(super) fn new(
-        monitor: &'a dyn Monitor,
+        monitor: &'a Arc<dyn Monitor>,
         options: &'a ColoOptions,
         version: &'a QemuVersion,
         dialect: Dialect,
@@ -82,6 +84,7 @@ impl<'a> Precopy<'a> {
         let options = self.options;
         let mut downtime_limit = options.downtime_limit;
         let mut patience_ends = begun + options.convergence_patience;
+        let mut order: Option<JoinHandle<()>> = None;
         while !self.memory_read {
             if self.link.fill(phase, Instant::now() + options.silence_running)? == Filled::Quiet {
                 return Err(CaptureError::Silent { phase, waited: options.silence_running });
@@ -91,15 +94,29 @@ impl<'a> Precopy<'a> {
             if now >= begun + options.arm_limit {
                 return Err(CaptureError::Silent { phase, waited: options.arm_limit });
             }
-            if now >= patience_ends && downtime_limit < options.max_downtime_limit {
+            let obeyed = order.as_ref().is_none_or(JoinHandle::is_finished);
+            if now >= patience_ends && downtime_limit < options.max_downtime_limit && obeyed {
                 // The guest dirties memory faster than it is read: only a longer stop lets the copy end.
                 downtime_limit = (downtime_limit * 2).min(options.max_downtime_limit);
                 patience_ends = now + options.convergence_patience;
                 debug!(?downtime_limit, "full copy does not converge");
-                settings::set_downtime_limit(self.monitor, downtime_limit)?;
+                order = self.allow(downtime_limit);
             }
         }
         Ok(())
+    }
+
+    /// Raises the limit beside the reading: QEMU may be writing the last part with its monitor shut, and does not open it
+    /// before that is read. Without it the copy only takes longer, so nothing waits for it.
+    fn allow(&self, downtime_limit: Duration) -> Option<JoinHandle<()>> {
+        let monitor = Arc::clone(self.monitor);
+        let order = move || {
+            if let Err(error) = settings::set_downtime_limit(monitor.as_ref(), downtime_limit) {
+                warn!(%error, "the limit of the stop at the end of the full copy was not raised");
+            }
+        };
+        let spawned = std::thread::Builder::new().name("downtime-limit".to_owned()).spawn(order);
+        spawned.inspect_err(|error| warn!(%error, "cannot start a thread")).ok()
     }
 
     /// Device state, whose end only QEMU's state or silence tells. The guest is stopped.
@@ -173,7 +190,8 @@ impl<'a> Precopy<'a> {
 
     /// Whether QEMU is in state `colo`; an error if it never will be.
     fn is_colo(&self) -> Result<bool, CaptureError> {
-        let info = qmp::query_migrate(self.monitor).map_err(CaptureError::monitor(Phase::Switchover))?;
+        let info =
+            qmp::query_migrate(self.monitor.as_ref()).map_err(CaptureError::monitor(Phase::Switchover))?;
         match info.status.as_deref() {
             Some("colo") => Ok(true),
             Some(status @ ("completed" | "failed" | "cancelled")) => Err(CaptureError::NotEntered {

@@ -110,7 +110,7 @@ impl ColoSource {
         let socket = channel::open(monitor, &self.options, &self.interrupter)?;
         // Closed if the rest fails, which ends the migration.
         let mut link = Link::new(socket, self.interrupter.clone());
-        let precopy = Precopy::new(monitor, &self.options, version, dialect, &mut link, sink);
+        let precopy = Precopy::new(&self.monitor, &self.options, version, dialect, &mut link, sink);
         let (armed, reader) = precopy.run()?;
         Ok((armed, Checkpoints::new(link, reader)))
     }

@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use understudy_libvirt::{Monitor, MonitorError};
@@ -44,6 +44,8 @@ pub(super) enum Fault {
     RequestTwice,
     /// The full copy ends with this status instead of `colo`, with the guest stopped.
     EndsAs(&'static str),
+    /// Orders are not answered before the full copy is read, of which there is more than the socket holds.
+    MonitorShut,
     /// `x-colo-lost-heartbeat` is refused the first time.
     HeartbeatRefused,
     /// `x-colo-lost-heartbeat` is accepted and has no effect.
@@ -111,6 +113,20 @@ impl FakeQemu {
         Ok(json!({}))
     }
 
+    /// As QEMU's monitor, which waits for a lock that is held while the last part of a copy is written.
+    fn wait_while_shut(&self) -> Result<(), MonitorError> {
+        let end = Instant::now() + SHORT * 10;
+        while self.state().run_state == "running" && self.state().yank {
+            if Instant::now() >= end {
+                self.state().complaints.push("nothing is read while an order waits".into());
+                let (command, reason) = ("migrate-set-parameters".into(), "it is not answered".into());
+                return Err(MonitorError::Failed { command, reason });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     fn lost_heartbeat(&self) -> Result<Value, MonitorError> {
         let mut state = self.state();
         if state.mode != "primary" {
@@ -166,6 +182,9 @@ fn refused(command: &str, desc: &str) -> MonitorError {
 
 impl Monitor for FakeQemu {
     fn execute(&self, command: &str, arguments: Value) -> Result<Value, MonitorError> {
+        if command == "migrate-set-parameters" && self.state().fault == Fault::MonitorShut {
+            self.wait_while_shut()?;
+        }
         let mut state = self.state();
         if state.gone {
             return Err(MonitorError::Gone { command: command.into(), reason: "dead".into() });
@@ -185,7 +204,7 @@ impl Monitor for FakeQemu {
                 state.capabilities.iter().map(|(name, on)| json!({"capability": name, "state": on})).collect()
             }
             "migrate-set-parameters" => {
-                if state.mode == "primary" {
+                if state.mode == "primary" && state.fault != Fault::MonitorShut {
                     state.complaints.push("parameters set in COLO".into());
                 }
                 state.parameters.extend(arguments.as_object().unwrap().clone());
@@ -244,7 +263,7 @@ impl Migration {
 
     fn play(&mut self, in_colo: &mut bool) -> Result<(), Over> {
         let fault = self.qemu.state().fault;
-        self.put(Place::Precopy, &precopy())?;
+        self.put(Place::Precopy, &precopy(if fault == Fault::MonitorShut { 100 } else { 1 }))?;
         self.qemu.state().run_state = "finish-migrate";
         let sections = if fault == Fault::Garbage(Place::Devices) { vec![0xff; 64] } else { devices() };
         self.put(Place::Devices, &[sections, description()].concat())?;
@@ -350,17 +369,18 @@ fn counted(name: &str) -> Vec<u8> {
     [&[u8::try_from(name.len()).unwrap()], name.as_bytes()].concat()
 }
 
-/// Header, CONFIGURATION, ENABLE_COLO, block table, all pages (page n full of n), the end of memory.
-fn precopy() -> Vec<u8> {
+/// Header, CONFIGURATION, ENABLE_COLO, block table, all pages (page n full of n) so many times, the end of memory.
+fn precopy(times: u64) -> Vec<u8> {
     let mut v =
         b"QEVM\0\0\0\x03\x07\0\0\0\x06pc-7.2\x08\0\x08\0\0\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
     v.extend(((RAM_PAGES * 4096) | 4).to_be_bytes());
     v.extend(counted("pc.ram"));
     v.extend((RAM_PAGES * 4096).to_be_bytes());
     v.extend(b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02\x02\0\0\0\x02");
-    for page in 0..RAM_PAGES {
-        v.extend(((page * 4096) | if page == 0 { 0x8 } else { 0x28 }).to_be_bytes());
-        if page == 0 {
+    for number in 0..times * RAM_PAGES {
+        let page = number % RAM_PAGES;
+        v.extend(((page * 4096) | if number == 0 { 0x8 } else { 0x28 }).to_be_bytes());
+        if number == 0 {
             v.extend(counted("pc.ram"));
         }
         v.extend([u8::try_from(page).unwrap(); 4096]);

@@ -111,6 +111,17 @@ fn late_acknowledgement_is_as_correct() {
     check_left_well(&qemu, &mut source, "late");
 }
 
+/// The reader must read on while it gives an order: QEMU answers when it has written what it is writing.
+#[test]
+fn a_full_copy_does_not_wait_for_a_monitor_that_waits_for_it() {
+    let qemu = FakeQemu::new(V7, Fault::MonitorShut);
+    let options =
+        ColoOptions { socket_buffer_bytes: None, convergence_patience: Duration::ZERO, ..options() };
+    let mut source = ColoSource::new(Arc::new(qemu.clone()), options).unwrap();
+    capture(&qemu, &mut source).unwrap();
+    check_left_well(&qemu, &mut source, "a monitor that was shut");
+}
+
 fn phase_of(place: Place) -> Phase {
     match place {
         Place::Precopy => Phase::Precopy,
