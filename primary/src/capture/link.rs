@@ -13,6 +13,14 @@ use super::{CaptureError, Interrupter, Phase};
 /// Bytes asked of the kernel at once. More gains nothing, less costs calls.
 const BUFFER_BYTES: usize = 1 << 20;
 
+/// How long a wait with the guest stopped looks again and again before it sleeps. A reader that sleeps has QEMU's migration
+/// thread wake it with every write, in the middle of the stop; and the stopped guest leaves a CPU free. A disk that is slow to
+/// flush is waited for asleep.
+const AWAKE: Duration = Duration::from_millis(1);
+
+/// Pauses of the CPU between two looks: each takes a lock of the socket that its writer needs.
+const PAUSES: u32 = 16;
+
 /// Whether there is more to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Filled {
@@ -53,9 +61,16 @@ impl Link {
 
     /// Receives more, waiting until `deadline` for it.
     pub(super) fn fill(&mut self, phase: Phase, deadline: Instant) -> Result<Filled, CaptureError> {
+        let stopped = matches!(phase, Phase::Stop | Phase::Transfer);
+        let asleep = stopped.then(|| deadline.min(Instant::now() + AWAKE));
         loop {
             match self.try_fill(phase)? {
                 Filled::Data => return Ok(Filled::Data),
+                Filled::Quiet if asleep.is_some_and(|from| Instant::now() < from) => {
+                    (0..PAUSES).for_each(|_| std::hint::spin_loop());
+                    // QEMU has other threads, and a host other guests.
+                    std::thread::yield_now();
+                }
                 Filled::Quiet if !self.wait(phase, PollFlags::IN, deadline)? => return Ok(Filled::Quiet),
                 Filled::Quiet => {}
             }

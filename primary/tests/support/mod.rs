@@ -4,6 +4,7 @@
 #[path = "../../../tests/flat-guest/mod.rs"]
 mod flat_guest;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
@@ -52,6 +53,8 @@ pub(crate) struct Guest {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) monitor: Arc<SocketMonitor>,
     pub(crate) events: Receiver<QmpEvent>,
+    /// A STOP whose RESUME has not arrived yet.
+    stopped: Cell<Option<Duration>>,
 }
 
 impl Guest {
@@ -85,7 +88,7 @@ impl Guest {
             }
         };
         let child = child.0.take().ok_or_else(|| io::Error::other("no child"))?;
-        let guest = Self { child, dir, monitor: Arc::new(monitor), events };
+        let guest = Self { child, dir, monitor: Arc::new(monitor), events, stopped: Cell::default() };
         while guest.round()? < 100 {
             if Instant::now() > deadline {
                 return Err(io::Error::other("the guest does not count"));
@@ -129,14 +132,13 @@ impl Guest {
 
     /// Time from STOP to RESUME of every stop whose events have arrived.
     pub(crate) fn stops(&self) -> Vec<Duration> {
-        let mut stopped = None;
         let mut stops = Vec::new();
         for event in self.events.try_iter() {
-            match (event.name.as_str(), stopped) {
-                ("STOP", _) => stopped = Some(event.timestamp),
-                ("RESUME", Some(at)) => {
-                    stops.push(event.timestamp.saturating_sub(at));
-                    stopped = None;
+            match event.name.as_str() {
+                "STOP" => self.stopped.set(Some(event.timestamp)),
+                "RESUME" => {
+                    let at = self.stopped.take();
+                    stops.extend(at.map(|at| event.timestamp.saturating_sub(at)));
                 }
                 _ => {}
             }

@@ -16,6 +16,7 @@ use crate::guest::Guest;
 pub(crate) struct Captured {
     source: ColoSource,
     sink: Frames,
+    doze: Duration,
 }
 
 /// One epoch.
@@ -31,10 +32,15 @@ impl Captured {
     /// Makes the full copy and lets the guest run.
     pub(crate) fn arm(guest: &Guest) -> anyhow::Result<Self> {
         let mut source = ColoSource::new(guest.monitor.clone(), ColoOptions::default())?;
-        let mut sink = Frames(FrameBuilder::new());
+        let mut sink = Frames { builder: FrameBuilder::new(), doze: Duration::ZERO };
         source.arm(&mut sink)?;
         source.start()?;
-        Ok(Self { source, sink })
+        Ok(Self { source, sink, doze: Duration::ZERO })
+    }
+
+    /// Has the reader sleep at the first page of every epoch: long enough, and QEMU writes it without anybody beside it.
+    pub(crate) fn doze(&mut self, time: Duration) {
+        self.doze = time;
     }
 
     /// Lets the guest run for `length` and takes an epoch of it.
@@ -43,7 +49,7 @@ impl Captured {
         self.source.wait_ready()?;
         std::thread::sleep(length.saturating_sub(began.elapsed()));
         let ran = began.elapsed();
-        self.sink.0 = FrameBuilder::new();
+        self.sink = Frames { builder: FrameBuilder::new(), doze: self.doze };
         let checkpoint = self.source.checkpoint(&mut || Ok(()), &mut self.sink)?;
         Ok(Epoch { ran, took: began.elapsed() - ran, checkpoint })
     }
@@ -53,7 +59,11 @@ impl Captured {
     }
 }
 
-struct Frames(FrameBuilder);
+struct Frames {
+    builder: FrameBuilder,
+    /// Before the next page.
+    doze: Duration,
+}
 
 impl PageSink for Frames {
     fn layout(&mut self, _: &Arc<MemoryLayout>) -> Result<(), SinkClosed> {
@@ -66,7 +76,10 @@ impl PageSink for Frames {
         page: PageIndex,
         content: Option<&PageData>,
     ) -> Result<(), SinkClosed> {
-        drop(self.0.push(block, page, content));
+        if !self.doze.is_zero() {
+            std::thread::sleep(std::mem::take(&mut self.doze));
+        }
+        drop(self.builder.push(block, page, content));
         Ok(())
     }
 }
