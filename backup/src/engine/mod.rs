@@ -217,10 +217,10 @@ impl Engine {
         let mut out = Vec::new();
         match event {
             Event::Hello { connection, hello, agreement, local } => {
-                self.hello(connection, *hello, agreement, local, &mut out);
+                self.hello(connection, *hello, agreement, local, now, &mut out);
             }
             Event::Message(connection, message) if self.connection() == Some(connection) => {
-                self.message(connection, message, &mut out);
+                self.message(connection, message, now, &mut out);
             }
             Event::Message(..) => (),
             Event::Disconnected(connection, reason) if self.connection() == Some(connection) => {

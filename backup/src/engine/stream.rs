@@ -5,6 +5,7 @@ use crate::assembly::Attempt;
 use crate::promoter::LocalDomain;
 use bytes::Bytes;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use understudy_proto::control::Role;
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::ids::Generation;
@@ -24,7 +25,13 @@ pub(super) struct Stream {
     session: u64,
     host: String,
     generation: Generation,
+    /// The last heartbeat, and when the primary was last told that it is heard.
+    heartbeat: u64,
+    told: Instant,
 }
+
+/// How often the primary is told that what it sends arrives.
+const TELL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The epoch under way.
 #[derive(Debug)]
@@ -61,6 +68,7 @@ impl Engine {
         hello: Hello,
         agreement: Agreement,
         local: LocalDomain,
+        now: Instant,
         out: &mut Vec<Command>,
     ) {
         if let Err((code, text, remedy)) = self.may_take(&hello, local) {
@@ -110,6 +118,8 @@ impl Engine {
             session: hello.session,
             host: hello.primary_host,
             generation: hello.generation,
+            heartbeat: 0,
+            told: now,
         });
         if self.record != before || self.control_dirty {
             self.write_control(true, out);
@@ -180,8 +190,10 @@ impl Engine {
         &mut self,
         connection: ConnectionId,
         message: PrimaryMessage,
+        now: Instant,
         out: &mut Vec<Command>,
     ) {
+        self.tell(&message, now, out);
         match message {
             PrimaryMessage::Hello(_) => self.break_off("a second Hello on one stream".into(), out),
             PrimaryMessage::Seed(seed) => self.seed = Some(Arc::new(seed)),
@@ -189,14 +201,30 @@ impl Engine {
             PrimaryMessage::Pages(pages) => self.pages(pages, out),
             PrimaryMessage::Device(piece) => self.device(piece, out),
             PrimaryMessage::Manifest(manifest) => self.manifest(&manifest, out),
-            PrimaryMessage::Heartbeat(counter) => {
-                out.push(Command::Send(connection, BackupMessage::HeartbeatReply(counter)));
-            }
+            PrimaryMessage::Heartbeat(_) => {}
             PrimaryMessage::Goodbye(reason) => {
                 self.stream = None;
                 self.release(format!("the primary ended the protection ({reason:?})").to_lowercase(), out);
                 out.push(Command::Close(connection));
             }
+        }
+    }
+
+    /// A heartbeat is answered. On a slow link it queues behind megabytes of pages, longer than the primary waits for an
+    /// answer; so pages that arrive are answered too, now and then, as if the last heartbeat had come again.
+    fn tell(&mut self, message: &PrimaryMessage, now: Instant, out: &mut Vec<Command>) {
+        let Some(stream) = &mut self.stream else { return };
+        let due = match message {
+            PrimaryMessage::Heartbeat(counter) => {
+                stream.heartbeat = *counter;
+                true
+            }
+            PrimaryMessage::Pages(_) | PrimaryMessage::Device(_) => now >= stream.told + TELL_INTERVAL,
+            _ => false,
+        };
+        if due {
+            stream.told = now;
+            out.push(Command::Send(stream.connection, BackupMessage::HeartbeatReply(stream.heartbeat)));
         }
     }
 

@@ -322,6 +322,24 @@ fn a_delta_may_not_outgrow_its_staging() {
     assert_eq!(out[0], Command::DiscardEpoch);
 }
 
+/// On a link so slow that a heartbeat comes after seconds of pages, the pages are signs of life.
+#[test]
+fn pages_that_arrive_are_answered_now_and_then() {
+    let mut bench = Bench::new();
+    bench.hello(1, 1);
+    let reply = |counter| vec![Command::Send(ConnectionId(1), BackupMessage::HeartbeatReply(counter))];
+    assert_eq!(bench.say(1, PrimaryMessage::Heartbeat(7)), reply(7));
+    bench.begin(1, at(1, 1), EpochKind::Full);
+    let frame = || PrimaryMessage::Pages(Pages { epoch: EpochId(1), frame: Bytes::from_static(&[0; 16]) });
+    let mut answers = 0;
+    for _ in 0..20 {
+        bench.now += Duration::from_millis(100);
+        let out = bench.say(1, frame());
+        answers += out.iter().filter(|command| reply(7).contains(command)).count();
+    }
+    assert_eq!(answers, 4);
+}
+
 #[test]
 fn tiny_frames_do_not_slip_past_the_staging_limit() {
     let mut bench = Bench::new();

@@ -54,6 +54,20 @@ impl FramesFrom {
         Ok(())
     }
 
+    /// Waits for one that carries something of a TCP connection, over each version of IP: after an interruption a
+    /// connection takes longer than everything else to go on.
+    pub(crate) fn wait_tcp(&self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        for version in ["IPv4", "IPv6"] {
+            let carries = |line: &str| line.contains(version) && line.contains("Flags [P");
+            while !fs::read_to_string(&self.frames)?.lines().any(carries) {
+                ensure!(Instant::now() < end, "nothing came by TCP over {version}");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        Ok(())
+    }
+
     /// What was sent, a line each.
     pub(crate) fn end(self) -> Result<String> {
         fs::read_to_string(&self.frames).context("no recording")

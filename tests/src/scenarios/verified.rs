@@ -128,7 +128,10 @@ fn campaign(lab: &Lab) -> Result<()> {
         lab.power_off(on)?;
         let frames = FramesFrom::start(lab, backup, "g1")?;
         lab.failover("g1", backup)?;
-        frames.wait(ANSWERS, LIMIT).context("the guest that was promoted does not answer")?;
+        frames
+            .wait(ANSWERS, LIMIT)
+            .and_then(|()| frames.wait_tcp(LIMIT))
+            .context("the guest that was promoted does not answer")?;
         let verdict = verify.end()?;
         let which = || format!("power cut {number}, of {on}");
         verdict.ensure_clean().with_context(which)?;
