@@ -358,13 +358,13 @@ impl AdminService for Operator {
     }
 
     async fn confirm(&self, request: ConfirmRequest) -> Result<(), Failure> {
-        self.0.find(&request.domain).await?.confirm(request.proceed).await
+        self.0.find(&request.domain).await?.confirm(request.proceed, request.term).await
     }
 
     async fn failover(&self, request: FailoverRequest) -> Result<FallibleStream<Progress>, Failure> {
         let guest = self.0.find(&request.domain).await?;
         let (asking, mut progress) = mpsc::channel(PROGRESS);
-        guest.failover(request.i_have_fenced, request.hold, asking).await?;
+        guest.failover(&request, asking).await?;
         // A refusal is the answer to the call itself, not the first item of a stream.
         match progress.recv().await {
             Some(Err(failure)) => Err(failure),

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot, watch};
 use understudy_proto::control::ControlFile;
 use understudy_proto::negotiate::Agreement;
-use understudy_proto::rpc::admin::{GuestStatus, Progress};
+use understudy_proto::ownership::Term;
+use understudy_proto::rpc::admin::{FailoverRequest, GuestStatus, Progress};
 use understudy_proto::rpc::epoch::{BackupMessage, Hello};
 use understudy_proto::rpc::{Failure, FailureKind, Inbound};
 
@@ -47,8 +48,8 @@ pub type Asking = mpsc::Sender<Result<Progress, Failure>>;
 
 enum Request {
     Connect(Box<Connect>),
-    Failover { i_have_fenced: bool, hold: bool, asking: Asking },
-    Confirm(bool, oneshot::Sender<Result<(), Failure>>),
+    Failover { i_have_fenced: bool, hold: bool, term: Option<Term>, asking: Asking },
+    Confirm(bool, Option<Term>, oneshot::Sender<Result<(), Failure>>),
     Release(oneshot::Sender<Result<&'static str, Failure>>),
     Shutdown(oneshot::Sender<()>),
 }
@@ -118,21 +119,22 @@ impl Guest {
         self.request(Request::Connect(Box::new(connect))).await
     }
 
-    /// Asks for a failover, to be held when it is loaded or not; answers and errors go to `asking`.
+    /// Asks for a failover; answers and errors go to `asking`.
     ///
     /// # Errors
     /// If the owner has ended.
-    pub async fn failover(&self, i_have_fenced: bool, hold: bool, asking: Asking) -> Result<(), Failure> {
-        self.request(Request::Failover { i_have_fenced, hold, asking }).await
+    pub async fn failover(&self, request: &FailoverRequest, asking: Asking) -> Result<(), Failure> {
+        let FailoverRequest { i_have_fenced, hold, term, .. } = *request;
+        self.request(Request::Failover { i_have_fenced, hold, term, asking }).await
     }
 
     /// Ends the wait of a failover that is held.
     ///
     /// # Errors
-    /// If none waits and the guest is to run, or the owner has ended.
-    pub async fn confirm(&self, proceed: bool) -> Result<(), Failure> {
+    /// If none waits and the guest is to run; if the order is outdated; if the owner has ended.
+    pub async fn confirm(&self, proceed: bool, term: Option<Term>) -> Result<(), Failure> {
         let (reply, answer) = oneshot::channel();
-        self.request(Request::Confirm(proceed, reply)).await?;
+        self.request(Request::Confirm(proceed, term, reply)).await?;
         answer.await.map_err(|_| owner_ended())?
     }
 

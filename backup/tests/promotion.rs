@@ -173,9 +173,10 @@ async fn the_admin_socket_answers_what_this_agent_does() {
         insecure: true,
         ungated: false,
         goals: None,
+        term: None,
     };
     assert_eq!(admin.protect(protect).await.err().unwrap().code, "wrong-agent");
-    let unprotect = UnprotectRequest { domain: "web".into() };
+    let unprotect = UnprotectRequest { domain: "web".into(), term: None };
     assert_eq!(
         admin.unprotect(unprotect).await.err().unwrap().remedy,
         "run `understudy unprotect web` on alpha"

@@ -18,6 +18,7 @@ pub(crate) async fn protect(agents: &Agents, args: &ProtectArgs) -> Result<(), F
         goals: args.pace.goals(),
         insecure: args.insecure,
         ungated: args.ungated,
+        term: None,
     };
     follow(agent.protect(request).await?).await.map(drop)
 }
@@ -33,7 +34,7 @@ pub(crate) async fn set(agents: &Agents, args: &SetArgs) -> Result<(), Failure> 
 
 /// `understudy unprotect`: by the primary agent, or where only the backup knows the guest, by that one.
 pub(crate) async fn unprotect(agents: &Agents, domain: &str) -> Result<(), Failure> {
-    let request = UnprotectRequest { domain: domain.to_owned() };
+    let request = UnprotectRequest { domain: domain.to_owned(), term: None };
     let by_primary = match connect(agents, transport::PRIMARY_SOCKET, "understudy-primary").await {
         Ok(mut agent) => agent.unprotect(request.clone()).await,
         Err(failure) => Err(failure),
@@ -65,8 +66,8 @@ pub(crate) async fn failover(agents: &Agents, args: &FailoverArgs) -> Result<(),
             let remedy = format!("run this on the backup host; if this is it: {}", failure.remedy);
             Failure { remedy, ..failure }
         })?;
-    let request =
-        FailoverRequest { domain: args.domain.clone(), i_have_fenced: args.i_have_fenced, hold: false };
+    let (domain, i_have_fenced) = (args.domain.clone(), args.i_have_fenced);
+    let request = FailoverRequest { domain, i_have_fenced, hold: false, term: None };
     let last = follow(agent.failover(request).await?).await?;
     let report = last.failover.ok_or_else(|| no_end("the report of the failover"))?;
     for warning in &report.warnings {

@@ -71,7 +71,13 @@ impl AdminService for Admin {
 
     async fn unprotect(&self, request: UnprotectRequest) -> Result<UnprotectReply, Failure> {
         let guest = self.agent.find(&request.domain).await?;
-        Ok(UnprotectReply { text: self.agent.unprotect(guest).await? })
+        let agent = Arc::clone(&self.agent);
+        // An order that was taken goes on when whoever gave it has gone.
+        let ended = tokio::spawn(async move { agent.unprotect(guest, request.term).await }).await;
+        let failed = |error: tokio::task::JoinError| {
+            Failure::new(FailureKind::Internal, "unprotect", error.to_string())
+        };
+        Ok(UnprotectReply { text: ended.map_err(failed)?? })
     }
 
     async fn set(&self, request: SetRequest) -> Result<SetReply, Failure> {
@@ -156,6 +162,7 @@ async fn protect_with_progress(
     let snapshot = {
         let _one_at_a_time = agent.exclusive().await;
         let (wanted, plan) = protect::examine(agent, request).await?;
+        agent.take_order(wanted.guest, request.term)?;
         agent.protect(wanted, plan).await?
     };
     follow(snapshot, progress).await

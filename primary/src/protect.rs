@@ -89,22 +89,41 @@ pub async fn examine(
     Ok((wanted, plan))
 }
 
-/// Plans the protection of a guest that was protected before the agent was restarted; `None` if it does not run.
+/// Plans the protection of a guest that was protected before the agent was restarted; `None` if it does not run, or has
+/// changed hands since.
 ///
 /// # Errors
 /// What keeps it from being protected now; it may be better later.
 pub async fn again(agent: &Arc<Agent>, wanted: &ProtectedGuest) -> Result<Option<Plan>, Failure> {
-    let (owned, key) = (Arc::clone(agent), wanted.guest.to_string());
-    let active = blocking(move || match owned.libvirt()?.find_domain(&key) {
+    let (owned, guest, generation) = (Arc::clone(agent), wanted.guest, wanted.generation);
+    if blocking(move || is_gone(&owned, guest, generation)).await?? {
+        return Ok(None);
+    }
+    let facts = facts(agent, &guest.to_string()).await?;
+    plan(agent, wanted, facts, false).map(Some)
+}
+
+/// Whether the instance that was protected as `generation` is not here any more. Blocks.
+///
+/// # Errors
+/// If that is not known.
+pub fn is_gone(agent: &Agent, guest: GuestId, generation: Generation) -> Result<bool, Failure> {
+    let active = match agent.libvirt().and_then(|libvirt| libvirt.find_domain(&guest.to_string())) {
         Ok(domain) => domain.is_active(),
         Err(LibvirtError::NoDomain { .. }) => Ok(false),
         Err(error) => Err(error),
-    });
-    if !active.await?.map_err(libvirt_failure)? {
-        return Ok(None);
+    };
+    if !active.map_err(libvirt_failure)? {
+        return Ok(true);
     }
-    let facts = facts(agent, &wanted.guest.to_string()).await?;
-    plan(agent, wanted, facts, false).map(Some)
+    let local = local_record(&agent.config.state_dir, guest)?;
+    Ok(local.is_some_and(|local| is_past(generation, &local)))
+}
+
+/// Whether what is here is another instance than the one that was protected as `generation`: the backup agent of this host
+/// has had the guest since.
+fn is_past(generation: Generation, local: &ControlFile) -> bool {
+    local.generation > generation && matches!(local.role, Role::Standby | Role::Promoting | Role::Promoted)
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
@@ -407,6 +426,26 @@ mod tests {
     use super::*;
     use understudy_proto::ids::Incarnation;
     use understudy_proto::rpc::epoch::GuestRecord;
+
+    #[test]
+    fn a_guest_that_was_promoted_here_meanwhile_is_not_taken_for_the_one_before() {
+        let past = |role, generation| {
+            let local = ControlFile {
+                guest: GuestId(uuid::Uuid::nil()),
+                name: "web".into(),
+                role,
+                generation: Generation(generation),
+                last_committed: None,
+                primary_host: String::new(),
+                incarnation: Incarnation(uuid::Uuid::nil()),
+            };
+            is_past(Generation(2), &local)
+        };
+        assert!(past(Role::Promoted, 4) && past(Role::Standby, 3) && past(Role::Promoting, 3));
+        assert!(!past(Role::Promoted, 2), "promoted here, and then protected");
+        // It has lost the guest, and finds that out by trying.
+        assert!(!past(Role::Stale, 3) && !past(Role::Released, 3));
+    }
 
     #[test]
     fn only_an_owner_of_this_generation_or_a_newer_one_occupies_a_backup() {

@@ -15,11 +15,13 @@ use understudy_generic::{Client, error_info};
 use understudy_primary::admin::Admin;
 use understudy_primary::agent::Agent;
 use understudy_primary::config::Config;
+use understudy_proto::ids::GuestId;
+use understudy_proto::ownership::Term;
 use understudy_proto::rpc::{admin_routes, transport};
 
 const ADMIN: &str = "understudy.admin.v1.Admin";
 
-async fn serve(folder: &Path) -> Client {
+fn agent(folder: &Path) -> Arc<Agent> {
     let state = folder.display().to_string();
     let config = Config::try_parse_from([
         "understudy-primary",
@@ -32,7 +34,11 @@ async fn serve(folder: &Path) -> Client {
         "--run-dir",
         &state,
     ]);
-    let routes = admin_routes(Arc::new(Admin::new(Agent::new(config.unwrap()))));
+    Agent::new(config.unwrap())
+}
+
+async fn serve(folder: &Path) -> Client {
+    let routes = admin_routes(Arc::new(Admin::new(agent(folder))));
     let socket = folder.join(transport::PRIMARY_SOCKET);
     let listener = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
     tokio::spawn(transport::server().add_routes(routes).serve_with_incoming(listener));
@@ -115,4 +121,21 @@ async fn every_method_answers_and_refuses_what_is_wrong() {
     }
     // And it still serves.
     call(&client, "List", json!({})).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_of_the_past_does_not_end_a_protection() {
+    let (folder, guest) = (tempfile::tempdir().unwrap(), GuestId(uuid::Uuid::from_u128(7)));
+    let agent = agent(folder.path());
+    agent.hold(guest, Term(4)).unwrap();
+    let failure = agent.unprotect(guest, Some(Term(4))).await.unwrap_err();
+    assert_eq!((failure.code.as_ref(), failure.retryable), ("order-outdated", false), "{failure}");
+    let status = tonic::Status::from(failure);
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert_eq!(error_info(&status).unwrap().0, "ORDER_OUTDATED");
+    assert_eq!(agent.take_order(guest, Some(Term(3))).unwrap_err().code, "order-outdated");
+    // What is newer is done, and so is what an operator says.
+    agent.unprotect(guest, Some(Term(5))).await.unwrap();
+    agent.unprotect(guest, None).await.unwrap();
+    assert_eq!(agent.hold(guest, Term(4)).unwrap_err().code, "order-outdated");
 }

@@ -124,6 +124,81 @@ impl Ownership {
     }
 }
 
+/// An order that is not carried out: whoever gave it did not know the record that counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the order is of term {given}, term {newest} is known here")]
+pub struct Outdated {
+    /// Term of the order.
+    pub given: Term,
+    /// The term that makes it void.
+    pub newest: Term,
+}
+
+/// What an agent knows of the terms its orders about a guest were given under. An order may arrive long after it was
+/// given, when its watchdog has died and another has read, and made, other records: a process that stands still has it in
+/// its socket.
+///
+/// It lives as long as the process of the agent, as does the socket: an order that was given to one life of an agent
+/// reaches no other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Orders {
+    newest: Option<Term>,
+    held: Option<Term>,
+    /// Orders to let output go that were taken and are not done.
+    opening: u32,
+}
+
+impl Orders {
+    /// Takes an order, if it is not of an older term than one that was taken. `None` is an operator's.
+    ///
+    /// # Errors
+    /// [`Outdated`].
+    pub fn take(&mut self, term: Option<Term>) -> Result<(), Outdated> {
+        let Some(given) = term else { return Ok(()) };
+        if let Some(newest) = self.newest.filter(|newest| given < *newest) {
+            return Err(Outdated { given, newest });
+        }
+        self.newest = Some(given);
+        Ok(())
+    }
+
+    /// Takes an order to let the guest's output go; [`Self::opened`] is to follow. Under one term a watchdog first lets it
+    /// go and then holds it.
+    ///
+    /// # Errors
+    /// [`Outdated`].
+    pub fn open(&mut self, term: Option<Term>) -> Result<(), Outdated> {
+        if let (Some(given), Some(newest)) = (term, self.held)
+            && given <= newest
+        {
+            return Err(Outdated { given, newest });
+        }
+        self.take(term)?;
+        self.opening += 1;
+        Ok(())
+    }
+
+    /// An order to let the guest's output go is done, or has failed.
+    pub fn opened(&mut self) {
+        self.opening = self.opening.saturating_sub(1);
+    }
+
+    /// Promises to take no order of this term or an older one to let the guest's output go.
+    ///
+    /// # Errors
+    /// [`Outdated`].
+    pub fn hold(&mut self, term: Term) -> Result<(), Outdated> {
+        self.take(Some(term))?;
+        self.held = Some(term);
+        Ok(())
+    }
+
+    /// Up to which term that was promised. Not while an order that was taken before is not done.
+    pub fn held(&self) -> Term {
+        self.held.filter(|_| self.opening == 0).unwrap_or(Term::NONE)
+    }
+}
+
 fn check_host(name: &str) -> Result<(), ProtocolError> {
     if name.is_empty() {
         return Err(ProtocolError::invalid("host name in a record", "empty"));
@@ -147,6 +222,26 @@ mod tests {
         assert_eq!(Ownership::decode(Term(3), &bytes).unwrap(), record());
         let error = Ownership::decode(Term(4), &bytes).unwrap_err().to_string();
         assert!(error.contains("says term 3, is kept as term 4"), "{error}");
+    }
+
+    #[test]
+    fn an_order_of_the_past_is_void_whenever_it_arrives() {
+        let mut orders = Orders::default();
+        assert_eq!((orders.open(Some(Term(4))), orders.held()), (Ok(()), Term::NONE));
+        orders.opened();
+        // Under the same term it is held again: nothing opens any more that was to open before.
+        assert_eq!((orders.hold(Term(4)), orders.held()), (Ok(()), Term(4)));
+        let outdated = Err(Outdated { given: Term(4), newest: Term(4) });
+        assert_eq!(orders.open(Some(Term(4))), outdated);
+        assert_eq!(orders.take(Some(Term(4))), Ok(()), "other orders of this term are as good as before");
+        assert_eq!(orders.take(Some(Term(3))), Err(Outdated { given: Term(3), newest: Term(4) }));
+        assert_eq!(orders.hold(Term(3)), Err(Outdated { given: Term(3), newest: Term(4) }));
+        assert_eq!((orders.open(Some(Term(5))), orders.held()), (Ok(()), Term::NONE), "it opens");
+        assert_eq!(orders.hold(Term(6)), Ok(()));
+        assert_eq!(orders.held(), Term::NONE, "what was taken before may not be done yet");
+        orders.opened();
+        assert_eq!(orders.held(), Term(6));
+        assert_eq!((orders.open(None), orders.take(None)), (Ok(()), Ok(())), "an operator knows");
     }
 
     #[test]

@@ -6,7 +6,12 @@ use std::path::Path;
 
 const ADMIN: &str = "understudy/admin/v1/admin.proto";
 
-const PROTOS: [&str; 3] = ["understudy/epoch/v1/epoch.proto", ADMIN, "understudy/witness/v1/witness.proto"];
+const PROTOS: [&str; 4] = [
+    "understudy/epoch/v1/epoch.proto",
+    ADMIN,
+    "understudy/witness/v1/witness.proto",
+    "understudy/owner/v1/owner.proto",
+];
 
 #[test]
 fn generated_code_is_current() {

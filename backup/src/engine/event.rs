@@ -61,6 +61,8 @@ pub enum Event {
     ControlWritten,
     /// It is not; the commands that followed it were not carried out.
     ControlFailed(String),
+    /// One that nothing depended on is not; it is tried again.
+    ControlNotWritten,
     /// The standby was made, or not.
     Prepared(Result<Way, PromoteError>),
     /// The end of the move with this number: the image is in the standby's memory, or why it is not.

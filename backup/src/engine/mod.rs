@@ -36,6 +36,7 @@ use stream::{Receiving, Stream};
 use understudy_proto::control::{ControlFile, Role};
 use understudy_proto::epoch::EpochKind;
 use understudy_proto::ids::{Generation, GuestId};
+use understudy_proto::ownership::{Orders, Outdated, Term};
 use understudy_proto::rpc::admin::{FailoverReport, GuestState};
 use understudy_proto::rpc::epoch::{EpochRef, Seed, Standby, StandbyState};
 use understudy_proto::rpc::{Failure, FailureKind};
@@ -80,6 +81,9 @@ pub struct Engine {
     detail: String,
     control_written: Option<Instant>,
     control_dirty: bool,
+    orders: Orders,
+    /// An earlier life of the agent has loaded the guest and recorded its generation, and has not let it run.
+    loaded_before: bool,
 }
 
 impl Engine {
@@ -115,6 +119,8 @@ impl Engine {
             detail: String::new(),
             control_written: None,
             control_dirty: false,
+            orders: Orders::default(),
+            loaded_before: false,
         }
     }
 
@@ -130,6 +136,7 @@ impl Engine {
                 engine.detail = "the agent restarted during the promotion; the guest runs here".into();
             }
             (Role::Promoting, LocalDomain::Loaded) => {
+                engine.loaded_before = true;
                 engine.detail = "the agent restarted during the promotion; the loaded guest is paused: \
                                  `understudy failover` starts it"
                     .into();
@@ -145,6 +152,14 @@ impl Engine {
             _ => (),
         }
         engine
+    }
+
+    /// Whether an order that was given under this term counts; `None`: an operator's. To be asked before its event.
+    ///
+    /// # Errors
+    /// [`Outdated`]: a watchdog has given orders under a newer record.
+    pub fn take_order(&mut self, term: Option<Term>) -> Result<(), Outdated> {
+        self.orders.take(term)
     }
 
     /// What the control file says, or will say.
@@ -195,6 +210,8 @@ impl Engine {
             (_, Some(_), _) => GuestState::Promoting,
             (Role::Promoted, ..) => GuestState::Promoted,
             (Role::Stale, ..) => GuestState::Superseded,
+            // It can be let run at any time.
+            (Role::Promoting, ..) if self.loaded_before => GuestState::Promoting,
             (Role::Promoting, ..) => GuestState::Failed,
             (Role::Released, ..) => GuestState::Unprotected,
             (Role::Standby, None, Some(_)) => GuestState::Standby,
@@ -250,6 +267,10 @@ impl Engine {
             Event::ImageReady(at) => self.image_ready(at, now, &mut out),
             Event::ControlWritten => self.control_written(now, &mut out),
             Event::ControlFailed(reason) => self.control_failed(&reason, &mut out),
+            Event::ControlNotWritten => {
+                self.control_dirty = true;
+                self.control_written = Some(now);
+            }
             Event::Prepared(result) => self.prepared(result, now, &mut out),
             Event::Adopted(number, result) => self.adopted(number, result, &mut out),
             Event::Checked(result) => self.checked(result, now, &mut out),

@@ -176,6 +176,12 @@ impl Engine {
         Ok(())
     }
 
+    /// Whether the image is to be taken that [`Command::TakeImage`] has asked for. It may come when its promotion has failed:
+    /// whoever kept it then would have the next epoch find the image in use, when it is acknowledged already (invariant 3).
+    pub fn wants_image(&self) -> bool {
+        self.promotion.as_ref().is_some_and(|promotion| promotion.stage == Stage::FinishApply)
+    }
+
     pub(super) fn image_ready(&mut self, at: Option<EpochRef>, now: Instant, out: &mut Vec<Command>) {
         let Some(promotion) = self.promotion.as_mut().filter(|p| p.stage == Stage::FinishApply) else {
             return;
@@ -309,6 +315,9 @@ impl Engine {
                 if self.held.is_some() {
                     self.record.role = Role::Standby;
                     self.write_control(false, out);
+                } else if self.loaded_before {
+                    // It may be gone.
+                    out.push(Command::CheckStandby);
                 }
                 if self.image_shared && e.may_have_run {
                     // Its memory may be of a later moment than its devices: of no epoch (invariant 2).
@@ -322,6 +331,7 @@ impl Engine {
             }
         };
         self.record.role = Role::Promoted;
+        self.loaded_before = false;
         self.write_control(false, out);
         self.held = None;
         self.seed = None;

@@ -170,6 +170,9 @@ impl Engine {
         now: Instant,
         out: &mut Vec<Command>,
     ) {
+        if self.loaded_before {
+            return self.checked_loaded(result);
+        }
         match result {
             Ok(LocalDomain::Waiting) => {
                 self.set_standby(StandbyPhase::Ready { checked: now }, String::new(), out);
@@ -187,6 +190,14 @@ impl Engine {
             Err(e) => self.set_standby(StandbyPhase::Ready { checked: now }, e.reason, out),
         }
         self.standby_settled(now, out);
+    }
+
+    /// What an earlier life of the agent has loaded is there still, or is not.
+    fn checked_loaded(&mut self, result: Result<LocalDomain, PromoteError>) {
+        if matches!(result, Ok(LocalDomain::Absent | LocalDomain::Waiting)) {
+            self.loaded_before = false;
+            self.detail = "the agent restarted during the promotion, and the loaded guest is gone".into();
+        }
     }
 
     pub(super) fn discarded(

@@ -12,6 +12,7 @@ use understudy_proto::rpc::epoch::{
     BackupMessage, Begin, DevicePiece, GoodbyeReason, Hello, Pages, PrimaryMessage, RefusedCode, RejectCode,
 };
 
+mod failures;
 mod hold;
 
 const GUEST: GuestId = GuestId(uuid::Uuid::from_u128(1));
@@ -776,7 +777,8 @@ fn a_restart_in_the_middle_of_a_promotion_ends_well() {
     };
     assert_eq!(restarted(LocalDomain::Active).engine.state(), GuestState::Promoted);
     let mut loaded = restarted(LocalDomain::Loaded);
-    assert_eq!(loaded.engine.state(), GuestState::Failed);
+    // It can be let run, which is what the watchdog then asks for.
+    assert_eq!(loaded.engine.state(), GuestState::Promoting);
     assert_eq!(
         refused(&loaded.hello_from(1, 2, 1, "alpha", LocalDomain::Loaded)).unwrap().0,
         RefusedCode::Superseded
@@ -785,4 +787,13 @@ fn a_restart_in_the_middle_of_a_promotion_ends_well() {
     let out = loaded.step(Event::Activated(Ok(Activation::default())));
     assert!(matches!(out.last(), Some(Command::FailoverDone(r)) if r.is_ok()));
     assert_eq!(loaded.engine.report().unwrap().epoch, EpochId(5));
+    // It cannot, and it is looked whether it is still there.
+    let mut gone = restarted(LocalDomain::Loaded);
+    gone.step(Event::Failover { i_have_fenced: false });
+    let out = gone.step(Event::Activated(Err(PromoteError::new("no answer"))));
+    assert!(out.contains(&Command::CheckStandby), "{out:?}");
+    gone.step(Event::Checked(Ok(LocalDomain::Loaded)));
+    assert_eq!(gone.engine.state(), GuestState::Promoting);
+    gone.step(Event::Checked(Ok(LocalDomain::Absent)));
+    assert_eq!(gone.engine.state(), GuestState::Failed);
 }

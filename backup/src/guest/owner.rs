@@ -10,6 +10,7 @@ use crate::stats::Stats;
 use crate::worker::{Hands, Job, Report};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -34,7 +35,8 @@ pub(super) fn start(engine: Engine, tools: Tools) -> Guest {
     let (requests, request_rx) = mpsc::channel(REQUESTS);
     let (call_tx, calls) = mpsc::channel(1);
     let (control, control_rx) = mpsc::channel(CONTROL_WRITES);
-    let writer = tokio::spawn(write_controls(Arc::clone(&tools.store), control_rx));
+    let unwritten = Arc::new(AtomicBool::new(false));
+    let writer = tokio::spawn(write_controls(Arc::clone(&tools.store), control_rx, Arc::clone(&unwritten)));
     let stats = Stats::default();
     let (status_tx, status) = watch::channel(status(&engine, &stats, &tools.versions, Instant::now()));
     let (record_tx, record) = watch::channel(engine.record().clone());
@@ -48,6 +50,7 @@ pub(super) fn start(engine: Engine, tools: Tools) -> Guest {
         calls,
         control,
         writer,
+        unwritten,
         connections: HashMap::new(),
         next_connection: 0,
         taken: None,
@@ -63,7 +66,12 @@ pub(super) fn start(engine: Engine, tools: Tools) -> Guest {
 /// A control file to be written, and who waits for it.
 type ControlWrite = (ControlFile, Option<oneshot::Sender<Result<(), String>>>);
 
-async fn write_controls(store: Arc<dyn ControlStore>, mut files: mpsc::Receiver<ControlWrite>) {
+/// A file that nobody waits for and that is not written leaves `unwritten` set.
+async fn write_controls(
+    store: Arc<dyn ControlStore>,
+    mut files: mpsc::Receiver<ControlWrite>,
+    unwritten: Arc<AtomicBool>,
+) {
     while let Some((file, reply)) = files.recv().await {
         let (guest, store) = (file.guest, Arc::clone(&store));
         let written = match tokio::task::spawn_blocking(move || store.save(&file)).await {
@@ -72,7 +80,10 @@ async fn write_controls(store: Arc<dyn ControlStore>, mut files: mpsc::Receiver<
         };
         match (reply, written) {
             (Some(reply), written) => drop(reply.send(written)),
-            (None, Err(error)) => tracing::error!(%guest, %error, "control file not written"),
+            (None, Err(error)) => {
+                tracing::error!(%guest, %error, "control file not written; it is tried again");
+                unwritten.store(true, Ordering::Relaxed);
+            }
             (None, Ok(())) => (),
         }
     }
@@ -152,6 +163,8 @@ struct Owner {
     calls: mpsc::Receiver<Called>,
     control: mpsc::Sender<ControlWrite>,
     writer: JoinHandle<()>,
+    /// A control file was not written.
+    unwritten: Arc<AtomicBool>,
     connections: HashMap<ConnectionId, Connection>,
     next_connection: u64,
     /// The image while it is promoted.
@@ -258,7 +271,7 @@ impl Owner {
             }
             Action::Report(Report::Image(image)) => {
                 let at = image.as_ref().and_then(|i| i.at());
-                self.taken = image;
+                self.taken = image.filter(|_| self.engine.wants_image());
                 self.happen(Event::ImageReady(at)).await;
             }
             Action::Called(called) => {
@@ -274,8 +287,11 @@ impl Owner {
                 self.happen(called.into()).await;
             }
             Action::Request(Request::Connect(connect)) => self.connect(*connect).await,
-            Action::Request(Request::Failover { i_have_fenced, hold, asking }) => {
-                if self.asking.is_some() {
+            Action::Request(Request::Failover { i_have_fenced, hold, term, asking }) => {
+                if let Err(outdated) = self.engine.take_order(term) {
+                    // Whoever asked may have gone.
+                    let _ = asking.try_send(Err(outdated.into()));
+                } else if self.asking.is_some() {
                     let failure = Failure::new(
                         FailureKind::FailedPrecondition,
                         "promoting",
@@ -289,11 +305,17 @@ impl Owner {
                     self.happen(event).await;
                 }
             }
-            Action::Request(Request::Confirm(proceed, reply)) => {
-                let waits = self.engine.awaits_confirmation();
-                self.happen(Event::Confirm { proceed }).await;
+            Action::Request(Request::Confirm(proceed, term, reply)) => {
+                let answer = match self.engine.take_order(term) {
+                    Err(outdated) => Err(outdated.into()),
+                    Ok(()) => {
+                        let waits = self.engine.awaits_confirmation();
+                        self.happen(Event::Confirm { proceed }).await;
+                        if waits || !proceed { Ok(()) } else { Err(self.nothing_waits()) }
+                    }
+                };
                 // Whoever asked may have gone.
-                let _ = reply.send(if waits || !proceed { Ok(()) } else { Err(self.nothing_waits()) });
+                let _ = reply.send(answer);
             }
             Action::Request(Request::Release(reply)) => {
                 let may = self.engine.may_release();
@@ -319,7 +341,12 @@ impl Owner {
                 tracing::info!(guest = %self.engine.record().guest, reason, "stream ended");
                 self.happen(Event::Disconnected(id, reason)).await;
             }
-            Action::Tick => self.happen(Event::Tick).await,
+            Action::Tick => {
+                if self.unwritten.swap(false, Ordering::Relaxed) {
+                    self.happen(Event::ControlNotWritten).await;
+                }
+                self.happen(Event::Tick).await;
+            }
             Action::Request(Request::Shutdown(_)) | Action::Stop(_) => (),
         }
     }

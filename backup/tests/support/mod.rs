@@ -243,7 +243,7 @@ impl Backup {
     }
 
     pub async fn failover(&self, i_have_fenced: bool) -> Result<Vec<Progress>, Failure> {
-        let request = FailoverRequest { domain: "web".into(), i_have_fenced, hold: false };
+        let request = FailoverRequest { domain: "web".into(), i_have_fenced, hold: false, term: None };
         let mut stream = in_time("failover answers", self.admin().await.failover(request)).await?;
         let mut steps = Vec::new();
         while let Some(step) = in_time("failover goes on", stream.next()).await {

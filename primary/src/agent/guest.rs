@@ -100,6 +100,11 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// It is over, and the guest has a newer owner.
+    pub fn is_superseded(&self) -> bool {
+        self.outcome.as_ref().is_some_and(|outcome| outcome.kind == OutcomeKind::Superseded)
+    }
+
     /// As the operator sees it now.
     pub fn status(&self) -> GuestStatus {
         let age_ms = self.committed_at.map(|at| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX));

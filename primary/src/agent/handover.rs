@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use understudy_proto::ids::{EpochId, GuestId};
+use understudy_proto::ownership::Term;
 use understudy_proto::rpc::owner::HandoverService;
 use understudy_proto::rpc::{Failure, FailureKind, async_trait};
 
@@ -33,7 +34,8 @@ impl Handover {
 
 #[async_trait]
 impl HandoverService for Handover {
-    async fn begin(&self, guest: GuestId) -> Result<EpochId, Failure> {
+    async fn begin(&self, guest: GuestId, term: Option<Term>) -> Result<EpochId, Failure> {
+        self.0.take_order(guest, term)?;
         let mut snapshot = self.wish(guest, Wish::HandOver).await?;
         let over = |now: &super::Snapshot| now.handed_over.is_some() || now.outcome.is_some();
         let reached = match tokio::time::timeout(LIMIT, snapshot.wait_for(over)).await {
@@ -50,7 +52,12 @@ impl HandoverService for Handover {
         })
     }
 
-    async fn take_back(&self, guest: GuestId) -> Result<(), Failure> {
+    async fn take_back(&self, guest: GuestId, term: Option<Term>) -> Result<(), Failure> {
+        self.0.take_order(guest, term)?;
         self.wish(guest, Wish::TakeBack).await.map(drop)
+    }
+
+    async fn hold(&self, guest: GuestId, term: Term) -> Result<(), Failure> {
+        self.0.hold(guest, term)
     }
 }

@@ -4,6 +4,7 @@ mod capturer;
 mod guest;
 mod handover;
 mod host;
+mod ordered;
 mod output;
 mod restart;
 mod stall;
@@ -14,7 +15,8 @@ use std::time::Duration;
 
 use tracing::{error, info, warn};
 use understudy_libvirt::{Connection, LibvirtError};
-use understudy_proto::ids::GuestId;
+use understudy_proto::ids::{Generation, GuestId};
+use understudy_proto::ownership::Term;
 use understudy_proto::pace::EpochGoals;
 use understudy_proto::rpc::admin::GuestStatus;
 use understudy_proto::rpc::{Failure, FailureKind};
@@ -23,10 +25,12 @@ pub use capturer::Barrier;
 pub use guest::{Handle, Plan, Snapshot, Wish, start};
 pub use handover::Handover;
 pub use host::{GuestHost, LibvirtGuest};
+use ordered::Ordered;
 pub use output::{Gate, Output};
 
 use crate::config::Config;
 use crate::engine::{Outcome, OutcomeKind};
+use crate::protect;
 use crate::state_file::{ProtectedGuest, StateFile, StateFileError};
 
 /// How long the agent waits for its guests to be let go when it ends. QEMU needs milliseconds.
@@ -34,6 +38,9 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long `unprotect` waits for the end.
 const UNPROTECT_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often it is looked whether an instance that has lost the guest is still there.
+const GONE_INTERVAL: Duration = Duration::from_secs(2);
 
 type SnapshotReceiver = tokio::sync::watch::Receiver<Snapshot>;
 
@@ -47,6 +54,7 @@ pub struct Agent {
     guests: Mutex<BTreeMap<GuestId, Entry>>,
     /// One `protect` at a time, so that two of the same guest cannot pass each other.
     protecting: tokio::sync::Mutex<()>,
+    orders: Ordered,
 }
 
 #[derive(Debug)]
@@ -75,6 +83,15 @@ impl Entry {
         }
     }
 
+    /// An instance that has lost the guest is let go when it is ended: until then its generation is to be known.
+    fn is_remembered(&self) -> bool {
+        let superseded = match &self.state {
+            State::Owned(handle) => handle.snapshot.borrow().is_superseded(),
+            State::Waiting { .. } => false,
+        };
+        superseded || !self.is_over()
+    }
+
     fn status(&self) -> GuestStatus {
         match &self.state {
             State::Owned(handle) => handle.snapshot.borrow().status(),
@@ -101,6 +118,7 @@ impl Agent {
             connection: Mutex::new(None),
             guests: Mutex::new(BTreeMap::new()),
             protecting: tokio::sync::Mutex::new(()),
+            orders: Ordered::default(),
         })
     }
 
@@ -139,7 +157,7 @@ impl Agent {
         wanted: ProtectedGuest,
         plan: Plan,
     ) -> Result<tokio::sync::watch::Receiver<Snapshot>, Failure> {
-        let guest = wanted.guest;
+        let (guest, generation) = (wanted.guest, wanted.generation);
         self.remember(Some(&wanted), guest).await?;
         let handle = match start(plan).await {
             Ok(handle) => handle,
@@ -158,13 +176,35 @@ impl Agent {
                 error!(%guest, "the owner of the guest has failed");
                 return;
             };
-            if outcome.is_some_and(|outcome| outcome.kind != OutcomeKind::AgentStopped)
-                && let Err(failure) = agent.remember(None, guest).await
-            {
+            let Some(outcome) = outcome.filter(|outcome| outcome.kind != OutcomeKind::AgentStopped) else {
+                return;
+            };
+            if outcome.kind == OutcomeKind::Superseded && !agent.gone(guest, generation).await {
+                return;
+            }
+            if let Err(failure) = agent.remember(None, guest).await {
                 error!(%guest, reason = failure.reason, "cannot forget the guest");
             }
         });
         Ok(snapshot)
+    }
+
+    /// Waits until the instance that has lost the guest is gone; gives false if the guest is protected anew.
+    async fn gone(self: &Arc<Self>, guest: GuestId, generation: Generation) -> bool {
+        loop {
+            tokio::time::sleep(GONE_INTERVAL).await;
+            match self.lock().get(&guest).map(|entry| &entry.state) {
+                Some(State::Owned(handle)) if handle.snapshot.borrow().is_superseded() => {}
+                Some(_) => return false,
+                None => return true,
+            }
+            let agent = Arc::clone(self);
+            let gone = tokio::task::spawn_blocking(move || protect::is_gone(&agent, guest, generation));
+            // Not known is not gone.
+            if matches!(gone.await, Ok(Ok(true))) {
+                return true;
+            }
+        }
     }
 
     /// Writes the state file with `wanted` in the place of what is known of `guest`.
@@ -172,7 +212,7 @@ impl Agent {
         let mut list: Vec<ProtectedGuest> = self
             .lock()
             .values()
-            .filter(|entry| entry.wanted.guest != guest && !entry.is_over())
+            .filter(|entry| entry.wanted.guest != guest && entry.is_remembered())
             .map(|entry| entry.wanted.clone())
             .collect();
         list.extend(wanted.cloned());
@@ -222,7 +262,14 @@ impl Agent {
     /// What is known of every guest, or of one.
     pub fn statuses(&self, guest: Option<GuestId>) -> Vec<GuestStatus> {
         let guests = self.lock();
-        guests.values().filter(|e| guest.is_none_or(|g| g == e.wanted.guest)).map(Entry::status).collect()
+        let wanted = guests.values().filter(|e| guest.is_none_or(|g| g == e.wanted.guest));
+        wanted
+            .map(|entry| {
+                // First, so that an order which was carried out before the promise shows in what is said beside it.
+                let held_term = Some(self.orders.held(entry.wanted.guest));
+                GuestStatus { held_term, ..entry.status() }
+            })
+            .collect()
     }
 
     /// What a guest is protected for, how that fares, and its outcome once it is over.
@@ -276,11 +323,28 @@ impl Agent {
         }
     }
 
-    /// Ends a protection and waits for its end; forgets one that is over.
+    /// Takes an order about the guest that was given under this term; `None`: by an operator.
     ///
     /// # Errors
-    /// If it does not end in time.
-    pub async fn unprotect(&self, guest: GuestId) -> Result<String, Failure> {
+    /// `order-outdated`.
+    pub fn take_order(&self, guest: GuestId, term: Option<Term>) -> Result<(), Failure> {
+        Ok(self.orders.of(guest, |orders| orders.take(term))?)
+    }
+
+    /// Promises to refuse orders of this term or an older one that would let the guest's output go.
+    ///
+    /// # Errors
+    /// `order-outdated`.
+    pub fn hold(&self, guest: GuestId, term: Term) -> Result<(), Failure> {
+        Ok(self.orders.of(guest, |orders| orders.hold(term))?)
+    }
+
+    /// Ends a protection and waits for its end; forgets one that is over. Of a watchdog's order the term is known.
+    ///
+    /// # Errors
+    /// `order-outdated`; if it does not end in time.
+    pub async fn unprotect(&self, guest: GuestId, term: Option<Term>) -> Result<String, Failure> {
+        let _opening = self.orders.open(guest, term)?;
         let owner = match self.lock().get(&guest) {
             Some(entry) if !entry.is_over() => match &entry.state {
                 State::Owned(handle) => Some((handle.wishes.clone(), handle.snapshot.clone())),

@@ -51,7 +51,10 @@ impl Agent {
                     Err(failure) => failure.reason,
                 },
                 Ok(None) => {
-                    warn!(domain = wanted.name, "the guest has ended while the agent was away");
+                    warn!(
+                        domain = wanted.name,
+                        "the guest has ended, or changed hosts, while the agent was away"
+                    );
                     self.lock().remove(&guest);
                     if let Err(failure) = self.remember(None, guest).await {
                         warn!(reason = failure.reason, "cannot forget the guest");

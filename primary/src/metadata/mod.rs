@@ -105,7 +105,7 @@ impl Edge {
             }
             Command::Unprotect(guest) => {
                 info!(%guest, "ending the protection, as the domain's XML says");
-                let result = self.agent.unprotect(guest).await;
+                let result = self.agent.unprotect(guest, None).await;
                 self.tell(Event::Unprotected(guest, result.map(drop).map_err(failed))).await;
             }
             Command::Pace(guest, epoch) => {
@@ -199,6 +199,7 @@ impl Edge {
             goals,
             insecure: wanted.insecure,
             ungated: wanted.output == Output::Ungated,
+            term: None,
         };
         let _one_at_a_time = self.agent.exclusive().await;
         let (wanted, plan) = protect::examine(&self.agent, &request).await?;
@@ -207,7 +208,8 @@ impl Edge {
 
     /// By the agent that can: on the host of a standby that is the backup agent.
     async fn failover(&self, guest: GuestId) -> Result<String, Failure> {
-        let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: false, hold: false };
+        let request =
+            FailoverRequest { domain: guest.to_string(), i_have_fenced: false, hold: false, term: None };
         if self.agent.protected_to(guest).is_some() {
             // The admin service says where it is to be asked for.
             let refused = Admin::new(Arc::clone(&self.agent)).failover(request).await;

@@ -19,6 +19,9 @@ pub struct ProtectRequest {
     /// Epochs have the length that fits these goals best, beginning with `epoch_ms`. Absent: `epoch_ms` stays.
     #[prost(message, optional, tag = "100")]
     pub goals: ::core::option::Option<EpochGoals>,
+    /// A watchdog's order, see UnprotectRequest.
+    #[prost(uint64, optional, tag = "51")]
+    pub term: ::core::option::Option<u64>,
 }
 /// What an operator wants of epochs whose length is found while they run; what is absent is no goal.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -84,6 +87,10 @@ pub struct UnprotectRequest {
     /// Name, UUID or id.
     #[prost(string, tag = "1")]
     pub domain: ::prost::alloc::string::String,
+    /// A watchdog's order: the term of the record it is given under. It is refused as ORDER_OUTDATED if the agent was given
+    /// one of a newer term, or has promised to hold the guest's output under this one. Absent: an operator's, who knows.
+    #[prost(uint64, optional, tag = "51")]
+    pub term: ::core::option::Option<u64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct UnprotectReply {
@@ -119,6 +126,9 @@ pub struct FailoverRequest {
     /// Load, then wait for Confirm before the guest may run. The step "loaded" says that it waits.
     #[prost(bool, tag = "50")]
     pub hold: bool,
+    /// A watchdog's order, see UnprotectRequest.
+    #[prost(uint64, optional, tag = "51")]
+    pub term: ::core::option::Option<u64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ConfirmRequest {
@@ -128,6 +138,9 @@ pub struct ConfirmRequest {
     /// Let it run. False: give the failover up, the image stays.
     #[prost(bool, tag = "2")]
     pub proceed: bool,
+    /// A watchdog's order, see UnprotectRequest.
+    #[prost(uint64, optional, tag = "51")]
+    pub term: ::core::option::Option<u64>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ConfirmReply {}
@@ -193,6 +206,10 @@ pub struct GuestStatus {
     /// Backup agent: the life of it that holds the image, 16 bytes. Absent: not said by this agent.
     #[prost(bytes = "bytes", optional, tag = "50")]
     pub incarnation: ::core::option::Option<::prost::bytes::Bytes>,
+    /// Primary agent: orders to let the guest's output go that are of this term or an older one are refused. Absent: not said
+    /// by this agent.
+    #[prost(uint64, optional, tag = "51")]
+    pub held_term: ::core::option::Option<u64>,
     /// What becomes of the guest's output, for people. Empty: not known to this agent.
     #[prost(string, tag = "40")]
     pub output: ::prost::alloc::string::String,

@@ -19,6 +19,9 @@ pub struct HandoverRequest {
     /// 16 bytes in network order.
     #[prost(bytes = "bytes", tag = "1")]
     pub guest_uuid: ::prost::bytes::Bytes,
+    /// Term of the record it is asked under; refused if the agent was given an order of a newer one. Absent: not known.
+    #[prost(uint64, optional, tag = "2")]
+    pub term: ::core::option::Option<u64>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HandoverReply {
@@ -26,6 +29,16 @@ pub struct HandoverReply {
     #[prost(uint64, tag = "1")]
     pub epoch: u64,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HoldRequest {
+    /// 16 bytes in network order.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub guest_uuid: ::prost::bytes::Bytes,
+    #[prost(uint64, tag = "2")]
+    pub term: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HoldReply {}
 /// Generated client implementations.
 pub mod keeper_client {
     #![allow(
@@ -738,6 +751,29 @@ pub mod handover_client {
                 .insert(GrpcMethod::new("understudy.owner.v1.Handover", "TakeBack"));
             self.inner.unary(req, path, codec).await
         }
+        /// Has the agent promise: no order to let the guest's output go that is of this term or an older one is carried out any
+        /// more, whenever it arrives. The status says it as `held_term`.
+        pub async fn hold(
+            &mut self,
+            request: impl tonic::IntoRequest<super::HoldRequest>,
+        ) -> std::result::Result<tonic::Response<super::HoldReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/understudy.owner.v1.Handover/Hold",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("understudy.owner.v1.Handover", "Hold"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -764,6 +800,12 @@ pub mod handover_server {
             &self,
             request: tonic::Request<super::HandoverRequest>,
         ) -> std::result::Result<tonic::Response<super::HandoverReply>, tonic::Status>;
+        /// Has the agent promise: no order to let the guest's output go that is of this term or an older one is carried out any
+        /// more, whenever it arrives. The status says it as `held_term`.
+        async fn hold(
+            &self,
+            request: tonic::Request<super::HoldRequest>,
+        ) -> std::result::Result<tonic::Response<super::HoldReply>, tonic::Status>;
     }
     /// Served by the primary agent.
     #[derive(Debug)]
@@ -913,6 +955,49 @@ pub mod handover_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = TakeBackSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/understudy.owner.v1.Handover/Hold" => {
+                    #[allow(non_camel_case_types)]
+                    struct HoldSvc<T: Handover>(pub Arc<T>);
+                    impl<T: Handover> tonic::server::UnaryService<super::HoldRequest>
+                    for HoldSvc<T> {
+                        type Response = super::HoldReply;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::HoldRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Handover>::hold(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = HoldSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

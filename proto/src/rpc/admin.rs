@@ -1,6 +1,7 @@
 //! What an operator asks an agent, as agents and command use it.
 
 use crate::ids::{EpochId, Generation, GuestId, Incarnation};
+use crate::ownership::Term;
 use crate::pace::EpochGoals;
 use serde::Serialize;
 use std::time::Duration;
@@ -20,6 +21,8 @@ pub struct ProtectRequest {
     pub ungated: bool,
     /// Epochs have the length that fits these goals, beginning with `epoch`.
     pub goals: Option<EpochGoals>,
+    /// A watchdog's order: the record it is given under.
+    pub term: Option<Term>,
 }
 
 /// One step of something that takes time.
@@ -49,6 +52,8 @@ impl Progress {
 pub struct UnprotectRequest {
     /// Name, UUID or id.
     pub domain: String,
+    /// A watchdog's order: the record it is given under.
+    pub term: Option<Term>,
 }
 
 /// Answer to it.
@@ -103,6 +108,8 @@ pub struct FailoverRequest {
     pub i_have_fenced: bool,
     /// Load, then wait for a [`ConfirmRequest`] before the guest may run. The step [`LOADED`] says that it waits.
     pub hold: bool,
+    /// A watchdog's order: the record it is given under.
+    pub term: Option<Term>,
 }
 
 /// Name of the step with which a failover that is held says that it waits.
@@ -115,6 +122,8 @@ pub struct ConfirmRequest {
     pub domain: String,
     /// Let the guest run; otherwise the failover is given up and the image stays.
     pub proceed: bool,
+    /// A watchdog's order: the record it is given under.
+    pub term: Option<Term>,
 }
 
 /// Which agent speaks.
@@ -223,6 +232,8 @@ pub struct GuestStatus {
     pub failover: Option<FailoverReport>,
     /// Life of the backup agent that says this.
     pub incarnation: Option<Incarnation>,
+    /// Orders of this term or an older one to let the guest's output go are refused.
+    pub held_term: Option<Term>,
     /// What becomes of the guest's output, for people.
     pub output: String,
     /// Bytes that wait for a commit.
@@ -261,6 +272,7 @@ impl GuestStatus {
             detail: String::new(),
             failover: None,
             incarnation: None,
+            held_term: None,
             output: String::new(),
             output_waiting_bytes: None,
             output_dropped_total: None,

@@ -4,6 +4,7 @@ use super::admin as domain;
 use super::convert::{epoch, generation, guest, shortened, sixteen, text, uuid_bytes};
 use super::generated::admin as wire;
 use crate::ids::Incarnation;
+use crate::ownership::Term;
 use crate::pace::EpochGoals;
 use crate::{ProtocolError, limits};
 use std::time::Duration;
@@ -36,6 +37,7 @@ impl TryFrom<wire::ProtectRequest> for domain::ProtectRequest {
             insecure: m.insecure,
             ungated: m.ungated,
             goals: m.goals.map(TryInto::try_into).transpose()?,
+            term: m.term.map(Term),
         })
     }
 }
@@ -72,6 +74,7 @@ impl From<domain::ProtectRequest> for wire::ProtectRequest {
             insecure: m.insecure,
             ungated: m.ungated,
             goals: m.goals.map(Into::into),
+            term: m.term.map(|term| term.0),
         }
     }
 }
@@ -113,13 +116,13 @@ impl TryFrom<wire::UnprotectRequest> for domain::UnprotectRequest {
     type Error = ProtocolError;
 
     fn try_from(m: wire::UnprotectRequest) -> Result<Self, ProtocolError> {
-        Ok(Self { domain: key(m.domain)? })
+        Ok(Self { domain: key(m.domain)?, term: m.term.map(Term) })
     }
 }
 
 impl From<domain::UnprotectRequest> for wire::UnprotectRequest {
     fn from(m: domain::UnprotectRequest) -> Self {
-        Self { domain: m.domain }
+        Self { domain: m.domain, term: m.term.map(|term| term.0) }
     }
 }
 
@@ -223,13 +226,15 @@ impl TryFrom<wire::FailoverRequest> for domain::FailoverRequest {
     type Error = ProtocolError;
 
     fn try_from(m: wire::FailoverRequest) -> Result<Self, ProtocolError> {
-        Ok(Self { domain: key(m.domain)?, i_have_fenced: m.i_have_fenced, hold: m.hold })
+        let term = m.term.map(Term);
+        Ok(Self { domain: key(m.domain)?, i_have_fenced: m.i_have_fenced, hold: m.hold, term })
     }
 }
 
 impl From<domain::FailoverRequest> for wire::FailoverRequest {
     fn from(m: domain::FailoverRequest) -> Self {
-        Self { domain: m.domain, i_have_fenced: m.i_have_fenced, hold: m.hold }
+        let term = m.term.map(|term| term.0);
+        Self { domain: m.domain, i_have_fenced: m.i_have_fenced, hold: m.hold, term }
     }
 }
 
@@ -237,13 +242,13 @@ impl TryFrom<wire::ConfirmRequest> for domain::ConfirmRequest {
     type Error = ProtocolError;
 
     fn try_from(m: wire::ConfirmRequest) -> Result<Self, ProtocolError> {
-        Ok(Self { domain: key(m.domain)?, proceed: m.proceed })
+        Ok(Self { domain: key(m.domain)?, proceed: m.proceed, term: m.term.map(Term) })
     }
 }
 
 impl From<domain::ConfirmRequest> for wire::ConfirmRequest {
     fn from(m: domain::ConfirmRequest) -> Self {
-        Self { domain: m.domain, proceed: m.proceed }
+        Self { domain: m.domain, proceed: m.proceed, term: m.term.map(|term| term.0) }
     }
 }
 
@@ -300,6 +305,7 @@ impl TryFrom<wire::GuestStatus> for domain::GuestStatus {
             detail: text("detail", m.detail)?,
             failover: m.failover.map(TryInto::try_into).transpose()?,
             incarnation: m.incarnation.map(|bytes| incarnation(&bytes)).transpose()?,
+            held_term: m.held_term.map(Term),
             output: text("output", m.output)?,
             output_waiting_bytes: m.output_waiting_bytes,
             output_dropped_total: m.output_dropped_total,
@@ -334,6 +340,7 @@ impl From<domain::GuestStatus> for wire::GuestStatus {
             detail: shortened(m.detail),
             failover: m.failover.map(Into::into),
             incarnation: m.incarnation.map(|life| uuid_bytes(life.0)),
+            held_term: m.held_term.map(|term| term.0),
             output: shortened(m.output),
             output_waiting_bytes: m.output_waiting_bytes,
             output_dropped_total: m.output_dropped_total,

@@ -4,6 +4,7 @@ use super::convert::{guest, uuid_bytes};
 use super::generated::owner as wire;
 use super::{Failure, generated};
 use crate::ids::{EpochId, GuestId};
+use crate::ownership::Term;
 use std::sync::Arc;
 use tonic::service::Routes;
 use tonic::transport::Channel;
@@ -50,9 +51,11 @@ pub trait KeeperService: Send + Sync + 'static {
 #[tonic::async_trait]
 pub trait HandoverService: Send + Sync + 'static {
     /// Stops the guest at the end of an epoch; gives the epoch when it is committed.
-    async fn begin(&self, guest: GuestId) -> Result<EpochId, Failure>;
+    async fn begin(&self, guest: GuestId, term: Option<Term>) -> Result<EpochId, Failure>;
     /// Lets it run on.
-    async fn take_back(&self, guest: GuestId) -> Result<(), Failure>;
+    async fn take_back(&self, guest: GuestId, term: Option<Term>) -> Result<(), Failure>;
+    /// Promises that no order of this term or an older one lets the guest's output go.
+    async fn hold(&self, guest: GuestId, term: Term) -> Result<(), Failure>;
 }
 
 struct Adapter<S>(Arc<S>);
@@ -111,17 +114,26 @@ impl<S: HandoverService> wire::handover_server::Handover for Adapter<S> {
         &self,
         request: Request<wire::HandoverRequest>,
     ) -> Result<Response<wire::HandoverReply>, Status> {
-        let guest = guest(&request.into_inner().guest_uuid).map_err(Failure::from)?;
-        Ok(Response::new(wire::HandoverReply { epoch: self.0.begin(guest).await?.0 }))
+        let wire::HandoverRequest { guest_uuid, term } = request.into_inner();
+        let guest = guest(&guest_uuid).map_err(Failure::from)?;
+        Ok(Response::new(wire::HandoverReply { epoch: self.0.begin(guest, term.map(Term)).await?.0 }))
     }
 
     async fn take_back(
         &self,
         request: Request<wire::HandoverRequest>,
     ) -> Result<Response<wire::HandoverReply>, Status> {
-        let guest = guest(&request.into_inner().guest_uuid).map_err(Failure::from)?;
-        self.0.take_back(guest).await?;
+        let wire::HandoverRequest { guest_uuid, term } = request.into_inner();
+        let guest = guest(&guest_uuid).map_err(Failure::from)?;
+        self.0.take_back(guest, term.map(Term)).await?;
         Ok(Response::new(wire::HandoverReply::default()))
+    }
+
+    async fn hold(&self, request: Request<wire::HoldRequest>) -> Result<Response<wire::HoldReply>, Status> {
+        let wire::HoldRequest { guest_uuid, term } = request.into_inner();
+        let guest = guest(&guest_uuid).map_err(Failure::from)?;
+        self.0.hold(guest, Term(term)).await?;
+        Ok(Response::new(wire::HoldReply {}))
     }
 }
 
@@ -171,8 +183,8 @@ impl HandoverClient {
     ///
     /// # Errors
     /// What the agent answers. The guest runs on then, or soon.
-    pub async fn begin(&mut self, guest: GuestId) -> Result<EpochId, Failure> {
-        let request = wire::HandoverRequest { guest_uuid: uuid_bytes(guest.0) };
+    pub async fn begin(&mut self, guest: GuestId, term: Term) -> Result<EpochId, Failure> {
+        let request = wire::HandoverRequest { guest_uuid: uuid_bytes(guest.0), term: Some(term.0) };
         Ok(EpochId(self.0.begin(request).await?.into_inner().epoch))
     }
 
@@ -180,9 +192,18 @@ impl HandoverClient {
     ///
     /// # Errors
     /// What the agent answers.
-    pub async fn take_back(&mut self, guest: GuestId) -> Result<(), Failure> {
-        let request = wire::HandoverRequest { guest_uuid: uuid_bytes(guest.0) };
+    pub async fn take_back(&mut self, guest: GuestId, term: Term) -> Result<(), Failure> {
+        let request = wire::HandoverRequest { guest_uuid: uuid_bytes(guest.0), term: Some(term.0) };
         self.0.take_back(request).await?;
+        Ok(())
+    }
+
+    /// Has the agent promise that no order of this term or an older one lets the guest's output go.
+    ///
+    /// # Errors
+    /// What the agent answers.
+    pub async fn hold(&mut self, guest: GuestId, term: Term) -> Result<(), Failure> {
+        self.0.hold(wire::HoldRequest { guest_uuid: uuid_bytes(guest.0), term: term.0 }).await?;
         Ok(())
     }
 }

@@ -5,6 +5,7 @@
 //! clients know how to read, `google.rpc.ErrorInfo` and `google.rpc.RetryInfo`.
 
 use crate::ProtocolError;
+use crate::ownership::Outdated;
 use crate::rpc::convert::shortened_to;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -91,6 +92,16 @@ impl From<ProtocolError> for Failure {
     fn from(e: ProtocolError) -> Self {
         Self::new(FailureKind::InvalidArgument, "protocol", e.to_string())
             .with_remedy("check that both hosts run compatible versions of Understudy")
+    }
+}
+
+impl From<Outdated> for Failure {
+    fn from(e: Outdated) -> Self {
+        Self::new(FailureKind::FailedPrecondition, "order-outdated", e.to_string())
+            .with_remedy(
+                "nothing is to be done, the watchdog goes by the newer record; if the arbiter has lost its records, restart \
+                 this agent",
+            )
     }
 }
 

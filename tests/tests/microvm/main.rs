@@ -179,7 +179,8 @@ fn live_and_die(
     protect_and_kill(guest, generation, &address, (&link, &history), random.below(2000), what);
 
     let failed_over = backups.block_on(async {
-        let request = FailoverRequest { domain: "micro".to_owned(), i_have_fenced: true, hold: false };
+        let request =
+            FailoverRequest { domain: "micro".to_owned(), i_have_fenced: true, hold: false, term: None };
         let result = tokio::time::timeout(LIMIT, async {
             let mut progress = Operator(Arc::clone(&agent)).failover(request).await?;
             let mut last = None;

@@ -28,10 +28,14 @@ pub(crate) enum Bug {
     ForgottenPages,
     /// The guest runs before its new generation is on the disk, and the write may fail.
     RunBeforeRecord,
+    /// An agent ends a protection whatever the term of the order.
+    OrdersOfThePast,
+    /// The record says Pair before the agent has promised that nothing ordered before opens its gate.
+    PairWithoutPromise,
 }
 
 /// Those that are planted.
-pub(crate) const PLANTED: [Bug; 10] = [
+pub(crate) const PLANTED: [Bug; 12] = [
     Bug::ReleaseBeforeAck,
     Bug::PromoteWithoutConfirm,
     Bug::SoloWithoutSwap,
@@ -42,4 +46,6 @@ pub(crate) const PLANTED: [Bug; 10] = [
     Bug::SeedWithOpenGate,
     Bug::ForgottenPages,
     Bug::RunBeforeRecord,
+    Bug::OrdersOfThePast,
+    Bug::PairWithoutPromise,
 ];

@@ -65,7 +65,7 @@ impl Keeper {
             },
         };
         match refusal {
-            Ok(to) => kept.handing.begin(to, reply, now, &kept.hands),
+            Ok(to) => kept.handing.begin(to, kept.engine.protocol().term(), reply, now, &kept.hands),
             Err(failure) => {
                 let _ = reply.send(Err(failure));
             }

@@ -178,8 +178,19 @@ impl Kept {
             self.protection(&seen, now);
             self.renew(&seen, now);
         }
+        self.have_it_held(&seen);
         self.report(&seen, now);
         self.last = Some(seen);
+    }
+
+    /// An agent that was started anew, or has not been told, knows nothing of the record under which output is held.
+    fn have_it_held(&self, seen: &Seen) {
+        let promised = seen.sending.and_then(|sending| sending.held);
+        if let (Some(term), Some(promised)) = (self.engine.protocol().holds(), promised)
+            && promised < term
+        {
+            self.hands.give(Command::HoldGate(term));
+        }
     }
 
     /// Whether the guest that runs here by the record was ended.
@@ -228,7 +239,7 @@ impl Kept {
         if alone && seen.local.runs && !seen.protecting && self.takeover.is_none() {
             if let Some(to) = self.renewal.next(now) {
                 debug!(guest = %self.guest, to, "to be protected again");
-                self.hands.protect(to);
+                self.hands.protect(to, self.engine.protocol().term());
             }
         } else {
             self.renewal.rest(now);
@@ -248,7 +259,7 @@ impl Kept {
     }
 
     fn seeded(&self, seen: &Seen) -> Option<Seeded> {
-        seen.sending?.seeded(self.peer.as_ref()?)
+        seen.sending?.seeded(self.peer.as_ref()?, self.engine.protocol().term())
     }
 
     /// Whether a protection is on here that could be handed over.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 use understudy_proto::ids::EpochId;
-use understudy_proto::ownership::Owner;
+use understudy_proto::ownership::{Owner, Term};
 use understudy_proto::rpc::owner::Told;
 use understudy_proto::rpc::{Failure, FailureKind};
 
@@ -52,9 +52,9 @@ impl Handing {
         self.0.is_some()
     }
 
-    pub(super) fn begin(&mut self, to: String, reply: Reply, now: Instant, hands: &Hands) {
+    pub(super) fn begin(&mut self, to: String, term: Term, reply: Reply, now: Instant, hands: &Hands) {
         self.0 = Some(Way { reply: Some(reply), to, stage: Stage::Stopping, began: now });
-        hands.hand_over();
+        hands.hand_over(term);
     }
 
     /// The guest stands still, or does not.
@@ -91,7 +91,7 @@ impl Handing {
                 way.stage = Stage::Claimed { epoch };
             }
             Stage::Yielding { until, .. } if now >= until => {
-                hands.take_back();
+                hands.take_back(protocol.term());
                 let text = format!("{} has not claimed the guest in time; it runs on here", way.to);
                 self.fail(
                     Failure::new(FailureKind::Unavailable, "not-claimed", text).retryable().with_remedy(

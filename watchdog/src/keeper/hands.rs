@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tracing::{error, warn};
 use understudy_proto::ids::GuestId;
+use understudy_proto::ownership::Term;
 
 use super::Answer;
 use crate::arbiter::{Arbiter, FenceCommand};
@@ -18,6 +19,8 @@ const COMMANDS: usize = 64;
 pub(super) struct Hands {
     guest: GuestId,
     agents: mpsc::Sender<Command>,
+    /// Promises to hold output. They wait for nothing: an agent that stands still would keep everything else waiting.
+    promises: mpsc::Sender<Command>,
     arbiter: mpsc::Sender<Command>,
     host: Arc<dyn Host>,
     outbox: mpsc::Sender<Answer>,
@@ -31,9 +34,11 @@ pub(super) fn start(
 ) -> Hands {
     let (agents, orders) = mpsc::channel(COMMANDS);
     tokio::spawn(carry_out(guest, Arc::clone(&host), orders, outbox.clone()));
+    let (promises, holds) = mpsc::channel(1);
+    tokio::spawn(carry_out(guest, Arc::clone(&host), holds, outbox.clone()));
     let (asked, questions) = mpsc::channel(COMMANDS);
     tokio::spawn(ask(guest, arbiter, questions, outbox.clone()));
-    Hands { guest, agents, arbiter: asked, host, outbox }
+    Hands { guest, agents, promises, arbiter: asked, host, outbox }
 }
 
 impl Hands {
@@ -41,24 +46,27 @@ impl Hands {
         if matches!(command, Command::Read | Command::Swap(_)) {
             // When the arbiter is behind, what waits is as good.
             let _ = self.arbiter.try_send(command);
+        } else if matches!(command, Command::HoldGate(_)) {
+            // It is asked for again until the agent's status says that it is so.
+            let _ = self.promises.try_send(command);
         } else if let Err(refused) = self.agents.try_send(command) {
             error!(guest = %self.guest, command = ?refused.into_inner(), "too much waits to be carried out");
         }
     }
 
-    pub(super) fn protect(&self, to: String) {
+    pub(super) fn protect(&self, to: String, term: Term) {
         let Self { guest, host, outbox, .. } = self.clone();
         tokio::spawn(async move {
-            let result = host.protect(guest, &to).await;
+            let result = host.protect(guest, &to, term).await;
             // The keeper has ended if nobody takes it.
             let _ = outbox.send(Answer::Protected(guest, to, result)).await;
         });
     }
 
-    pub(super) fn hand_over(&self) {
+    pub(super) fn hand_over(&self, term: Term) {
         let Self { guest, host, outbox, .. } = self.clone();
         tokio::spawn(async move {
-            let _ = outbox.send(Answer::HandedOver(guest, host.hand_over(guest).await)).await;
+            let _ = outbox.send(Answer::HandedOver(guest, host.hand_over(guest, term).await)).await;
         });
     }
 
@@ -66,10 +74,10 @@ impl Hands {
         tokio::spawn(super::fencing::fence_and_promote(self.guest, command, Arc::clone(&self.host)));
     }
 
-    pub(super) fn take_back(&self) {
+    pub(super) fn take_back(&self, term: Term) {
         let Self { guest, host, .. } = self.clone();
         tokio::spawn(async move {
-            if let Err(failure) = host.take_back(guest).await {
+            if let Err(failure) = host.take_back(guest, term).await {
                 warn!(%guest, reason = failure.reason, "the guest is not told to run on; it does by itself soon");
             }
         });

@@ -9,6 +9,7 @@ use tokio_stream::StreamExt;
 use tracing::{debug, info, warn};
 use understudy_libvirt::Connection;
 use understudy_proto::ids::{EpochId, Generation, GuestId};
+use understudy_proto::ownership::Term;
 use understudy_proto::rpc::admin::{
     ConfirmRequest, FailoverReport, FailoverRequest, GuestState, GuestStatus, LOADED, ProtectRequest,
     StatusRequest, UnprotectRequest,
@@ -85,13 +86,14 @@ pub trait Host: Send + Sync {
     /// Carries out what the protocol says (not what concerns the arbiter); gives what came of it, if that is an event.
     async fn carry_out(&self, guest: GuestId, command: Command) -> Option<Event>;
     /// Protects a guest that runs here by the backup `to`; ends when it is protected, or cannot be.
-    async fn protect(&self, guest: GuestId, to: &str) -> Result<(), Failure>;
+    /// The orders say the term of the record they are given under: what is of the past is refused.
+    async fn protect(&self, guest: GuestId, to: &str, term: Term) -> Result<(), Failure>;
     /// Starts the guest from its image here: the other host is off for sure.
     async fn promote_fenced(&self, guest: GuestId) -> Result<(), Failure>;
     /// Has the guest stand still behind a committed epoch; gives the epoch.
-    async fn hand_over(&self, guest: GuestId) -> Result<EpochId, Failure>;
+    async fn hand_over(&self, guest: GuestId, term: Term) -> Result<EpochId, Failure>;
     /// Lets it run on after that.
-    async fn take_back(&self, guest: GuestId) -> Result<(), Failure>;
+    async fn take_back(&self, guest: GuestId, term: Term) -> Result<(), Failure>;
 }
 
 /// How long an agent may take over a question.
@@ -211,7 +213,8 @@ impl AgentHost {
             matches!(status.state, GuestState::Seeding | GuestState::Protected | GuestState::Degraded)
         });
         let sending = primary.filter(|_| protecting).and_then(|status| {
-            Some(Sending { generation: status.generation, committed: status.committed_epoch? })
+            let (generation, held) = (status.generation, status.held_term);
+            Some(Sending { generation, committed: status.committed_epoch?, held })
         });
         // What has ended here, or was taken from here, had a generation too.
         let said = primary.map(|status| status.generation);
@@ -240,9 +243,10 @@ impl AgentHost {
         }
     }
 
-    async fn load(&self, guest: GuestId) -> Result<(), Failure> {
+    async fn load(&self, guest: GuestId, term: Term) -> Result<(), Failure> {
         let mut agent = self.agent(transport::BACKUP_SOCKET).await?;
-        let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: true, hold: true };
+        let (domain, term) = (guest.to_string(), Some(term));
+        let request = FailoverRequest { domain, i_have_fenced: true, hold: true, term };
         let mut steps = agent.failover(request).await?;
         while let Some(step) = steps.next().await {
             if step?.phase == LOADED {
@@ -252,20 +256,23 @@ impl AgentHost {
         Err(Failure::new(FailureKind::Internal, "no-end", "the load ended without a word"))
     }
 
-    async fn activate(&self, guest: GuestId) -> Result<(), Failure> {
+    async fn confirm(&self, guest: GuestId, proceed: bool, term: Term) -> Result<(), Failure> {
         let mut agent = self.agent(transport::BACKUP_SOCKET).await?;
-        let request = ConfirmRequest { domain: guest.to_string(), proceed: true };
-        match agent.confirm(request).await {
+        agent.confirm(ConfirmRequest { domain: guest.to_string(), proceed, term: Some(term) }).await
+    }
+
+    async fn activate(&self, guest: GuestId, term: Term) -> Result<(), Failure> {
+        match self.confirm(guest, true, term).await {
             Err(failure) if failure.code == "nothing-waits" => {}
             confirmed => return confirmed,
         }
         // The record says that it is to run here; what was loaded for that is gone, so it is loaded again.
-        self.promote(guest).await
+        self.promote(guest, Some(term)).await
     }
 
-    async fn promote(&self, guest: GuestId) -> Result<(), Failure> {
+    async fn promote(&self, guest: GuestId, term: Option<Term>) -> Result<(), Failure> {
         let mut agent = self.agent(transport::BACKUP_SOCKET).await?;
-        let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: true, hold: false };
+        let request = FailoverRequest { domain: guest.to_string(), i_have_fenced: true, hold: false, term };
         let mut steps = match agent.failover(request).await {
             Err(failure) if failure.code == "already-promoted" => return Ok(()),
             steps => steps?,
@@ -276,6 +283,25 @@ impl AgentHost {
             }
         }
         Err(Failure::new(FailureKind::Internal, "no-end", "the promotion ended without a word"))
+    }
+
+    /// Ending the protection is how the primary agent opens its gate.
+    async fn open_gate(&self, guest: GuestId, term: Term) -> Result<(), Failure> {
+        let mut agent = self.agent(transport::PRIMARY_SOCKET).await?;
+        let request = UnprotectRequest { domain: guest.to_string(), term: Some(term) };
+        match agent.unprotect(request).await {
+            Err(failure) if failure.kind != FailureKind::NotFound => Err(failure),
+            _ => Ok(()),
+        }
+    }
+
+    /// The primary agent holds output by itself whenever nothing is committed; it is to promise that nothing that was
+    /// ordered before lets it go.
+    async fn hold_gate(&self, guest: GuestId, term: Term) -> Result<(), Failure> {
+        let asked = async { self.handover().await?.hold(guest, term).await };
+        let silent =
+            |_| Failure::new(FailureKind::Unavailable, "silent", "the primary agent does not answer");
+        tokio::time::timeout(ANSWER, asked).await.map_err(silent)?
     }
 
     async fn destroy(&self, guest: GuestId) -> Result<(), Failure> {
@@ -322,8 +348,8 @@ impl Host for AgentHost {
 
     async fn carry_out(&self, guest: GuestId, command: Command) -> Option<Event> {
         let done = match &command {
-            Command::Load(_) => {
-                let loaded = tokio::time::timeout(self.load_limit, self.load(guest)).await;
+            Command::Load(term) => {
+                let loaded = tokio::time::timeout(self.load_limit, self.load(guest, *term)).await;
                 return Some(match loaded {
                     Ok(Ok(())) => Event::Loaded,
                     Ok(Err(failure)) => {
@@ -336,28 +362,13 @@ impl Host for AgentHost {
                     }
                 });
             }
-            Command::Activate(_) => self.activate(guest).await,
-            Command::Abandon(_) => match self.agent(transport::BACKUP_SOCKET).await {
-                Ok(mut agent) => {
-                    agent.confirm(ConfirmRequest { domain: guest.to_string(), proceed: false }).await
-                }
-                Err(failure) => Err(failure),
-            },
-            // Ending the protection is how the primary agent opens its gate.
-            Command::OpenGate(_) => match self.agent(transport::PRIMARY_SOCKET).await {
-                Ok(mut agent) => {
-                    let request = UnprotectRequest { domain: guest.to_string() };
-                    match agent.unprotect(request).await {
-                        Err(failure) if failure.kind != FailureKind::NotFound => Err(failure),
-                        _ => Ok(()),
-                    }
-                }
-                Err(failure) => Err(failure),
-            },
+            Command::Activate(term) => self.activate(guest, *term).await,
+            Command::Abandon(term) => self.confirm(guest, false, *term).await,
+            Command::OpenGate(term) => self.open_gate(guest, *term).await,
+            Command::HoldGate(term) => self.hold_gate(guest, *term).await,
             Command::DestroyGuest(_) => self.destroy(guest).await,
-            // The primary agent holds output by itself whenever nothing is committed, and stops a guest whose backup
-            // tells it that it was promoted.
-            Command::HoldGate(_) | Command::PauseGuest(_) | Command::ResumeGuest(_) => Ok(()),
+            // The primary agent stops a guest whose backup tells it that it was promoted.
+            Command::PauseGuest(_) | Command::ResumeGuest(_) => Ok(()),
             Command::Read | Command::Swap(_) => Ok(()),
         };
         match done {
@@ -367,11 +378,17 @@ impl Host for AgentHost {
         None
     }
 
-    async fn protect(&self, guest: GuestId, to: &str) -> Result<(), Failure> {
+    async fn protect(&self, guest: GuestId, to: &str, term: Term) -> Result<(), Failure> {
         let mut agent = self.agent(transport::PRIMARY_SOCKET).await?;
-        let (domain, to) = (guest.to_string(), to.to_owned());
-        let request =
-            ProtectRequest { domain, to, epoch: None, insecure: self.insecure, ungated: false, goals: None };
+        let request = ProtectRequest {
+            domain: guest.to_string(),
+            to: to.to_owned(),
+            epoch: None,
+            insecure: self.insecure,
+            ungated: false,
+            goals: None,
+            term: Some(term),
+        };
         let follow = async {
             let mut steps = agent.protect(request).await?;
             while let Some(step) = steps.next().await {
@@ -385,14 +402,14 @@ impl Host for AgentHost {
     }
 
     async fn promote_fenced(&self, guest: GuestId) -> Result<(), Failure> {
-        self.promote(guest).await
+        self.promote(guest, None).await
     }
 
-    async fn hand_over(&self, guest: GuestId) -> Result<EpochId, Failure> {
-        self.handover().await?.begin(guest).await
+    async fn hand_over(&self, guest: GuestId, term: Term) -> Result<EpochId, Failure> {
+        self.handover().await?.begin(guest, term).await
     }
 
-    async fn take_back(&self, guest: GuestId) -> Result<(), Failure> {
-        self.handover().await?.take_back(guest).await
+    async fn take_back(&self, guest: GuestId, term: Term) -> Result<(), Failure> {
+        self.handover().await?.take_back(guest, term).await
     }
 }

@@ -14,6 +14,7 @@ use understudy_proto::rpc::owner::{Question, Told};
 
 use crate::owner::{Command, Image, Local, Sending};
 
+const SENDING: Sending = Sending { generation: Generation(1), committed: EpochId(7), held: Some(Term::NONE) };
 const GUEST: GuestId = GuestId(uuid::Uuid::from_u128(1));
 const IMAGE: Image = Image { incarnation: Incarnation(uuid::Uuid::from_u128(2)), generation: Generation(1) };
 /// For a busy machine.
@@ -103,12 +104,15 @@ impl Host for FakeHost {
             }
             Command::OpenGate(_) => (kept.0.protecting, kept.0.sending) = (false, None),
             Command::DestroyGuest(_) => kept.0.local = Local::default(),
+            Command::HoldGate(term) => {
+                kept.0.sending = kept.0.sending.map(|sending| Sending { held: Some(term), ..sending });
+            }
             _ => {}
         }
         None
     }
 
-    async fn protect(&self, _: GuestId, to: &str) -> Result<(), Failure> {
+    async fn protect(&self, _: GuestId, to: &str, _: Term) -> Result<(), Failure> {
         self.1.lock().unwrap().push(format!("protect {to}"));
         Err(Failure::new(understudy_proto::rpc::FailureKind::Unavailable, "unreachable", "nobody there"))
     }
@@ -120,12 +124,12 @@ impl Host for FakeHost {
         Ok(())
     }
 
-    async fn hand_over(&self, _: GuestId) -> Result<EpochId, Failure> {
+    async fn hand_over(&self, _: GuestId, _: Term) -> Result<EpochId, Failure> {
         self.1.lock().unwrap().push("hand over".to_owned());
         Ok(EpochId(7))
     }
 
-    async fn take_back(&self, _: GuestId) -> Result<(), Failure> {
+    async fn take_back(&self, _: GuestId, _: Term) -> Result<(), Failure> {
         self.1.lock().unwrap().push("take back".to_owned());
         Ok(())
     }
@@ -160,7 +164,7 @@ fn settings(host: &str, policies: Policies, timing: Timing, folder: &std::path::
 async fn pair(policies: Policies) -> Pair {
     let record = Arc::new(Memory::default());
     let runs = Local { runs: true, image: None, generation: Some(Generation(1)) };
-    let sending = Sending { generation: Generation(1), committed: EpochId(7) };
+    let sending = SENDING;
     let alpha = FakeHost::new(runs, Some(sending));
     let beta = FakeHost::new(Local { runs: false, image: Some(IMAGE), generation: None }, None);
     let any = "127.0.0.1:0".parse().unwrap();

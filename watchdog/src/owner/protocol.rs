@@ -16,7 +16,7 @@
 use understudy_proto::ids::{EpochId, Generation, Incarnation};
 use understudy_proto::ownership::{Owner, Ownership, Term};
 
-use super::event::{Command, Event, Image, Local, LostBackup, Policies, Role, Seeded};
+use super::event::{Command, Event, Local, LostBackup, Policies, Role, Seeded};
 
 /// See the module's description.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -75,6 +75,18 @@ impl Protocol {
     /// What is here of the guest.
     pub fn local(&self) -> Local {
         self.local
+    }
+
+    /// The term under which output is let go by commits only, if it is. The agent here is to promise that nothing that was
+    /// ordered up to then lets it go otherwise: without that promise no backup counts ([`super::Sending::seeded`]).
+    pub fn holds(&self) -> Option<Term> {
+        let holds = match self.role {
+            Role::Protected | Role::Asking | Role::Seeding { .. } | Role::Recovering { .. } => true,
+            Role::Held | Role::Ended => true,
+            Role::Unknown | Role::Solo | Role::Standby | Role::Claiming => false,
+            Role::Loading | Role::Loaded | Role::Stale => false,
+        };
+        Some(self.term()).filter(|_| holds)
     }
 
     /// The host on the other side, as far as the record names one.
@@ -156,10 +168,9 @@ impl Protocol {
             {
                 next(record.generation, Owner::Solo { owner: me() })
             }
-            (Role::Claiming, Owner::Pair { primary, backup, incarnation })
-                if *backup == self.me && self.holds(*incarnation, record.generation) =>
-            {
-                let (by, from, incarnation) = (me(), primary.clone(), *incarnation);
+            (Role::Claiming, Owner::Pair { primary, backup, .. }) if *backup == self.me => {
+                let incarnation = self.image(record.generation)?;
+                let (by, from) = (me(), primary.clone());
                 next(record.generation, Owner::Claim { by, from, incarnation })
             }
             (Role::Loaded, Owner::Claim { by, .. }) if *by == self.me => {
@@ -249,9 +260,11 @@ impl Protocol {
         }
     }
 
-    /// Whether the image a promotion under this record starts from is here.
-    fn holds(&self, incarnation: Incarnation, generation: Generation) -> bool {
-        self.local.image == Some(Image { incarnation, generation })
+    /// The life of the backup agent here that holds an image of this generation, if it does. It need not be the one the
+    /// record names: that one held everything let out before it died, nothing goes out by itself under the record, and a
+    /// later life has been sent everything once more before it has acknowledged anything.
+    fn image(&self, generation: Generation) -> Option<Incarnation> {
+        self.local.image.filter(|image| image.generation == generation).map(|image| image.incarnation)
     }
 
     fn suspect(&mut self) {
@@ -317,9 +330,10 @@ impl Protocol {
         }
         match owner {
             Owner::Solo { owner } if owner == self.me => self.alone(term, out),
-            Owner::Claim { by, incarnation, .. } if by == self.me => {
-                if matches!(self.role, Role::Unknown | Role::Standby | Role::Claiming) {
-                    if self.holds(incarnation, generation) {
+            Owner::Claim { by, .. } if by == self.me => {
+                // An image that was gone may be there again: the agent did not answer, or has got another copy.
+                if matches!(self.role, Role::Unknown | Role::Standby | Role::Claiming | Role::Stale) {
+                    if self.image(generation).is_some() && !self.local.runs {
                         self.role = Role::Loading;
                         out.push(Command::Load(term));
                         #[cfg(test)]
@@ -342,8 +356,8 @@ impl Protocol {
             Owner::Pair { primary, backup, incarnation } if primary == self.me => {
                 self.leading(term, &backup, incarnation, out);
             }
-            Owner::Pair { backup, incarnation, .. }
-                if backup == self.me && self.holds(incarnation, generation) && !self.local.runs =>
+            Owner::Pair { backup, .. }
+                if backup == self.me && self.image(generation).is_some() && !self.local.runs =>
             {
                 match self.role {
                     Role::Standby | Role::Claiming => {}

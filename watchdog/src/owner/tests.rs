@@ -73,3 +73,27 @@ fn a_swap_that_fails_is_asked_for_again_in_time_and_not_as_fast_as_the_arbiter_a
     // Another record, another swap.
     assert_eq!(swaps(dog.step(Input::Event(record(2, 1, pair("a", "b"))), now)), 1);
 }
+
+#[test]
+fn a_claimed_guest_is_loaded_from_the_copy_that_is_there() {
+    let life =
+        |n| Some(Image { incarnation: Incarnation(uuid::Uuid::from_u128(n)), generation: Generation(1) });
+    let image = |image| Event::Local(Local { image, ..Local::default() });
+    let claim = || {
+        let incarnation = Incarnation(uuid::Uuid::from_u128(1));
+        record(2, 1, Owner::Claim { by: "b".into(), from: "a".into(), incarnation })
+    };
+    let mut dog = Protocol::new("b", Policies::default());
+    dog.step(image(life(1)));
+    dog.step(record(1, 1, pair("a", "b")));
+    dog.step(Event::Suspect);
+    // The agent dies with the image; its next life is sent everything once more.
+    dog.step(image(None));
+    assert_eq!(dog.step(claim()), []);
+    assert_eq!(*dog.role(), Role::Stale);
+    assert_eq!(dog.step(image(life(2))), [Command::Load(Term(2))]);
+    // One of another generation is of no use.
+    let mut dog = Protocol::new("b", Policies::default());
+    dog.step(image(life(2).map(|image| Image { generation: Generation(2), ..image })));
+    assert_eq!(dog.step(claim()), []);
+}

@@ -1,6 +1,7 @@
 //! A promotion that waits for the confirmation of a claim.
 
 use super::*;
+use understudy_proto::ownership::{Outdated, Term};
 use understudy_proto::rpc::admin::LOADED;
 
 /// Loaded, and held.
@@ -77,4 +78,14 @@ fn a_promotion_that_an_operator_asked_for_is_none_of_the_watchdogs() {
         assert_eq!(bench.step(Event::Confirm { proceed }), []);
     }
     assert!(bench.step(Event::ControlWritten).contains(&Command::Activate));
+}
+
+#[test]
+fn a_claim_of_the_past_is_neither_loaded_nor_confirmed() {
+    let mut bench = Bench::standby();
+    assert_eq!(bench.engine.take_order(Some(Term(4))), Ok(()));
+    let outdated = Outdated { given: Term(3), newest: Term(4) };
+    assert_eq!(bench.engine.take_order(Some(Term(3))), Err(outdated));
+    assert_eq!(bench.engine.take_order(None), Ok(()), "an operator's");
+    assert_eq!(bench.engine.take_order(Some(Term(4))), Ok(()), "it may come twice");
 }

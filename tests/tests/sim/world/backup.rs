@@ -11,6 +11,7 @@ use understudy_backup::promoter::LocalDomain;
 use understudy_proto::control::{ControlFile, Role};
 use understudy_proto::ids::Incarnation;
 use understudy_proto::negotiate::{self, Offer};
+use understudy_proto::ownership::Term;
 use understudy_proto::rpc::admin::{GuestState, LOADED};
 use understudy_proto::rpc::epoch::{BackupMessage, EpochRef, PrimaryMessage};
 use understudy_watchdog::owner::{Event as OwnerEvent, Image as HeldImage};
@@ -65,9 +66,9 @@ pub(crate) enum Input {
     Report(Report),
     Image,
     Called(Call),
-    /// By the keeper of this life, with this question.
-    Failover(u64, u64, bool),
-    Confirm(u64, u64, bool),
+    /// By the keeper of this life, with this question, under this term.
+    Failover(u64, u64, bool, Term),
+    Confirm(u64, u64, bool, Term),
 }
 
 impl BackupAgent {
@@ -170,13 +171,15 @@ impl World {
             }
             Input::Image => {
                 let Some(agent) = &mut self.hosts[h].backup else { return };
-                agent.taken = agent.worker.image().cloned();
-                let at = agent.taken.as_ref().and_then(|image| image.at());
+                let wanted = agent.engine.as_ref().is_some_and(Engine::wants_image);
+                let image = agent.worker.image();
+                let at = image.and_then(|image| image.at());
+                agent.taken = image.filter(|_| wanted).cloned();
                 self.backup_event(h, Event::ImageReady(at));
             }
             Input::Called(call) => self.called(h, call),
-            Input::Failover(life, question, hold) => self.failover(h, life, question, hold),
-            Input::Confirm(life, question, proceed) => self.confirm(h, life, question, proceed),
+            Input::Failover(life, question, hold, term) => self.failover(h, life, question, hold, term),
+            Input::Confirm(life, question, proceed, term) => self.confirm(h, life, question, proceed, term),
         }
     }
 
@@ -199,9 +202,16 @@ impl World {
         }
     }
 
-    fn failover(&mut self, h: usize, life: u64, question: u64, hold: bool) {
+    /// Whether an order of this term counts.
+    fn takes(&mut self, h: usize, term: Term) -> bool {
+        let engine = self.hosts[h].backup.as_mut().and_then(|agent| agent.engine.as_mut());
+        engine.is_none_or(|engine| engine.take_order(Some(term)).is_ok())
+    }
+
+    fn failover(&mut self, h: usize, life: u64, question: u64, hold: bool, term: Term) {
+        let taken = self.takes(h, term);
         let Some(agent) = &mut self.hosts[h].backup else { return };
-        if agent.asking.is_some() || agent.engine.is_none() {
+        if !taken || agent.asking.is_some() || agent.engine.is_none() {
             return self.answer_keeper(h, life, question, hold.then_some(OwnerEvent::LoadFailed));
         }
         agent.asking = Some(Asking { life, question, hold });
@@ -210,7 +220,10 @@ impl World {
         self.backup_event(h, event);
     }
 
-    fn confirm(&mut self, h: usize, life: u64, question: u64, proceed: bool) {
+    fn confirm(&mut self, h: usize, life: u64, question: u64, proceed: bool, term: Term) {
+        if !self.takes(h, term) {
+            return self.answer_keeper(h, life, question, None);
+        }
         let waits = self.hosts[h]
             .backup
             .as_ref()
@@ -221,7 +234,7 @@ impl World {
             self.answer_keeper(h, life, question, None);
         } else {
             // The record says that it is to run here; what was loaded for that is gone, so it is loaded again.
-            self.failover(h, life, question, false);
+            self.failover(h, life, question, false, term);
         }
     }
 
@@ -348,7 +361,8 @@ impl World {
             self.wrong(what);
         }
         if self.hosts[h].disk.full {
-            return required.then(|| Event::ControlFailed("no space left on device".to_owned()));
+            let why = "no space left on device".to_owned();
+            return Some(if required { Event::ControlFailed(why) } else { Event::ControlNotWritten });
         }
         let early = self.bug == Bug::RunBeforeRecord && file.role == Role::Promoting;
         if !early {

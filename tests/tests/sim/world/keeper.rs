@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use understudy_proto::heartbeat::Heartbeat;
 use understudy_proto::ids::{EpochId, Generation};
-use understudy_proto::ownership::Ownership;
+use understudy_proto::ownership::{Ownership, Term};
 use understudy_watchdog::owner::{
     Command, Engine, Event, Input as Told, Local, LostBackup, Output, Role, Sending,
 };
 
+use super::faults::Fault;
 use super::guest::Kind;
 use super::host::Process;
 use super::{HOSTS, What, World, backup, primary};
@@ -247,10 +248,10 @@ impl World {
         }
         match (self.bug, role) {
             (Bug::SoloWithoutSwap, Role::Asking) if self.policies.lost_backup == LostBackup::Solo => {
-                self.hand(h, Command::OpenGate(understudy_proto::ownership::Term::NONE));
+                self.hand(h, Command::OpenGate(Term(u64::MAX)));
             }
             (Bug::ReopenOnRestart, Role::Recovering { since }) => {
-                self.hand(h, Command::OpenGate(*since));
+                self.hand(h, Command::OpenGate(since.next()));
             }
             (Bug::SeedWithOpenGate, Role::Protected) => {
                 if let Some(gate) = &self.hosts[h].plug {
@@ -262,10 +263,37 @@ impl World {
     }
 
     fn hand(&mut self, h: usize, command: Command) {
+        if let Command::HoldGate(term) = command {
+            return self.have_it_held(h, term);
+        }
         let Some(keeper) = &mut self.hosts[h].keeper else { return };
         keeper.opening += u32::from(matches!(command, Command::OpenGate(_)));
         keeper.hands.push_back(command);
         self.next_hand(h);
+    }
+
+    /// Waits for nothing, and nobody waits for it: it may come to nothing.
+    pub(super) fn have_it_held(&mut self, h: usize, term: Term) {
+        let later = 1 + self.side.below(5);
+        if self.chaos && self.side.below(2) == 0 {
+            return;
+        }
+        if let Some(agent) = self.hosts[h].life(Process::Primary) {
+            self.note(|| format!("{} keeper -> hold the gate, term {term}", HOSTS[h]));
+            self.after(later, What::Primary(h, agent, primary::Input::Hold(term)));
+        }
+    }
+
+    /// An order that its keeper does not outlive may be carried out long after it was given: the agent stands still, or
+    /// what brings it the order does.
+    fn order_is_late(&mut self, h: usize) -> u64 {
+        if !self.chaos || self.side.below(6) > 0 {
+            return 0;
+        }
+        self.after(0, What::Fault(Fault::Kill(h, Process::Keeper)));
+        let back = 100 + self.side.below(300);
+        self.after(back, What::Start(h, Process::Keeper));
+        300 + self.side.below(4000)
     }
 
     fn next_hand(&mut self, h: usize) {
@@ -284,24 +312,25 @@ impl World {
         let (primary, backup) = (host.life(Process::Primary), host.life(Process::Backup));
         let later = 1 + self.random.below(5);
         let refused = match command {
-            Command::Load(_) => match backup {
+            Command::Load(term) => match backup {
                 Some(agent) => {
-                    let input = backup::Input::Failover(life, question, true);
+                    let input = backup::Input::Failover(life, question, true, term);
                     return self.after(later, What::Backup(h, agent, input));
                 }
                 None => Some(Event::LoadFailed),
             },
-            Command::Activate(_) | Command::Abandon(_) => {
+            Command::Activate(term) | Command::Abandon(term) => {
                 let proceed = matches!(command, Command::Activate(_));
                 if let Some(agent) = backup {
-                    let input = backup::Input::Confirm(life, question, proceed);
+                    let input = backup::Input::Confirm(life, question, proceed, term);
                     return self.after(later, What::Backup(h, agent, input));
                 }
                 None
             }
-            Command::OpenGate(_) => {
+            Command::OpenGate(term) => {
                 if let Some(agent) = primary {
-                    let input = primary::Input::Unprotect(life, question);
+                    let later = later + self.order_is_late(h);
+                    let input = primary::Input::Unprotect(life, question, term);
                     return self.after(later, What::Primary(h, agent, input));
                 }
                 None

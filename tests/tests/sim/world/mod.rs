@@ -106,6 +106,8 @@ impl Seen {
 pub(crate) struct World {
     pub(crate) bug: Bug,
     pub(crate) random: Random,
+    /// For what was not always in this world: drawing it from the other would make every seed another world.
+    side: Random,
     pub(crate) now: u64,
     queue: Queue<What>,
     pub(crate) guest: GuestId,
@@ -145,6 +147,7 @@ impl World {
         let mut world = Self {
             bug,
             random,
+            side: Random::new(seed ^ 0x5151_0002),
             now: 0,
             queue: Queue::new(),
             guest: GuestId(uuid::Uuid::from_u128(1)),

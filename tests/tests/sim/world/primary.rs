@@ -11,16 +11,22 @@ use understudy_primary::egress::{SharedKeeper, State};
 use understudy_primary::engine::{Command, Engine, Event, Outcome, OutcomeKind};
 use understudy_proto::epoch::Committed;
 use understudy_proto::ids::Generation;
+use understudy_proto::ownership::{Orders, Term};
 use understudy_proto::rpc::admin::GuestState;
 use understudy_proto::rpc::epoch::{BackupMessage, GoodbyeReason, PrimaryMessage};
 use understudy_watchdog::owner::Sending;
 
 use super::capture::{Call, Capture};
+use super::host::Process;
 use super::net::{Message, Side};
 use super::{HOSTS, What, World, keeper};
+use crate::bugs::Bug;
 
 /// Beyond it an agent knows that it stood still, as `understudy_primary` has it.
 const STILL: Duration = Duration::from_secs(1);
+
+/// Between two looks whether an instance that has lost the guest is there.
+const GONE: u64 = 2000;
 
 /// Turns are never further apart.
 const TURN: u64 = 500;
@@ -30,6 +36,7 @@ pub(crate) struct PrimaryAgent {
     life: u64,
     entry: Option<Entry>,
     protections: u64,
+    orders: Orders,
 }
 
 /// What it knows of the guest.
@@ -62,9 +69,12 @@ pub(crate) enum Input {
     /// It has been started.
     Begin,
     Protect,
-    /// By the keeper of this life, with this question.
-    Unprotect(u64, u64),
+    /// By the keeper of this life, with this question, under this term.
+    Unprotect(u64, u64, Term),
+    Hold(Term),
     Tick(u64),
+    /// Whether the instance of a superseded guest is gone is looked at.
+    Gone(u64),
     Connect(u64, u64),
     Event(u64, Box<Event>),
     Done(u64, u64),
@@ -75,7 +85,7 @@ pub(crate) enum Input {
 impl World {
     pub(super) fn start_primary(&mut self, h: usize, life: u64) {
         let entry = self.hosts[h].disk.protected.map(Entry::Waiting);
-        self.hosts[h].primary = Some(PrimaryAgent { life, entry, protections: 0 });
+        self.hosts[h].primary = Some(PrimaryAgent { life, entry, protections: 0, orders: Orders::default() });
         let later = 20 + self.below(200);
         self.after(later, What::Primary(h, life, Input::Begin));
     }
@@ -96,13 +106,20 @@ impl World {
         match input {
             Input::Begin => self.begin_primary(h),
             Input::Protect => self.protect(h, true),
-            Input::Unprotect(life, question) => self.unprotect(h, life, question),
+            Input::Unprotect(life, question, term) => self.unprotect(h, life, question, term),
+            Input::Hold(term) => {
+                if let Some(agent) = &mut self.hosts[h].primary {
+                    let promised = agent.orders.hold(term);
+                    self.note(|| format!("{} primary promises to hold: {promised:?}", HOSTS[h]));
+                }
+            }
             Input::Tick(number) => {
                 if let Some(protection) = self.ongoing(h, number) {
                     protection.ticks_at = u64::MAX;
                     self.primary_event(h, number, Event::Tick);
                 }
             }
+            Input::Gone(number) => self.is_it_gone(h, number),
             Input::Connect(number, session) => self.connect(h, number, session),
             Input::Event(number, event) => self.primary_event(h, number, *event),
             Input::Done(number, call) => self.capture_done(h, number, call),
@@ -117,14 +134,38 @@ impl World {
         }
     }
 
+    /// An instance that has lost the guest is remembered until it is gone.
+    fn is_it_gone(&mut self, h: usize, number: u64) {
+        let superseded = |protection: &&mut Protection| {
+            let outcome = protection.outcome.as_ref();
+            protection.number == number
+                && outcome.is_some_and(|outcome| outcome.kind == OutcomeKind::Superseded)
+        };
+        let Some(protection) = self.protection(h) else { return };
+        let Some(protection) = Some(protection).filter(superseded) else { return };
+        let generation = protection.generation;
+        if self.hosts[h].qemu.is_none() || self.is_past(h, generation) {
+            self.forget_protection(h);
+        } else if let Some(life) = self.hosts[h].life(Process::Primary) {
+            self.after(GONE, What::Primary(h, life, Input::Gone(number)));
+        }
+    }
+
     fn forget_protection(&mut self, h: usize) {
         if !self.hosts[h].disk.full {
             self.hosts[h].disk.protected = None;
         }
     }
 
-    fn unprotect(&mut self, h: usize, life: u64, question: u64) {
+    fn unprotect(&mut self, h: usize, life: u64, question: u64, term: Term) {
+        let looks = self.bug != Bug::OrdersOfThePast;
         let Some(agent) = &mut self.hosts[h].primary else { return };
+        let taken = agent.orders.open(Some(term).filter(|_| looks));
+        if let Err(outdated) = taken {
+            self.note(|| format!("{} primary refuses to end the protection: {outdated}", HOSTS[h]));
+            self.after(2, What::Keeper(h, life, keeper::Input::Done(question, None)));
+            return;
+        }
         match &mut agent.entry {
             Some(Entry::Owned(protection)) if protection.outcome.is_none() => {
                 protection.unprotecting.push((life, question));
@@ -138,6 +179,7 @@ impl World {
             }
             Some(Entry::Waiting(_)) | None => agent.entry = None,
         }
+        agent.orders.opened();
         self.forget_protection(h);
         self.after(2, What::Keeper(h, life, keeper::Input::Done(question, None)));
     }
@@ -261,7 +303,9 @@ impl World {
             OutcomeKind::Failed | OutcomeKind::AgentStopped => Ok(()),
         };
         let waiting = std::mem::take(&mut protection.unprotecting);
-        let forget = outcome.kind != OutcomeKind::AgentStopped;
+        let superseded = outcome.kind == OutcomeKind::Superseded;
+        let forget = outcome.kind != OutcomeKind::AgentStopped && !superseded;
+        let number = protection.number;
         protection.outcome = Some(outcome);
         if let Some(stream) = stream {
             if let Some(reason) = goodbye {
@@ -272,9 +316,13 @@ impl World {
         if forget {
             self.forget_protection(h);
         }
+        if superseded && let Some(life) = self.hosts[h].life(Process::Primary) {
+            self.after(GONE, What::Primary(h, life, Input::Gone(number)));
+        }
         for (life, question) in waiting {
             if let Some(agent) = &mut self.hosts[h].primary {
                 agent.entry = None;
+                agent.orders.opened();
             }
             self.after(2, What::Keeper(h, life, keeper::Input::Done(question, None)));
         }
@@ -309,14 +357,19 @@ impl World {
 
     /// What status says: state, what it sends, last committed epoch, generation.
     pub(super) fn primary_status(&self, h: usize) -> Option<(GuestState, Option<Sending>, u64)> {
-        let entry = self.hosts[h].primary.as_ref()?.entry.as_ref()?;
-        Some(match entry {
+        let agent = self.hosts[h].primary.as_ref()?;
+        Some(match agent.entry.as_ref()? {
             Entry::Waiting(_) => (GuestState::Degraded, None, 0),
             Entry::Owned(protection) => {
                 let view = protection.engine.view();
                 let state = protection.outcome.as_ref().map_or(view.state, |outcome| outcome.kind.state());
                 let generation = Generation(protection.generation);
-                let sending = view.committed.map(|committed| Sending { generation, committed });
+                let held = match self.bug {
+                    // The keeper waits for no promise.
+                    Bug::PairWithoutPromise => None,
+                    _ => Some(agent.orders.held()),
+                };
+                let sending = view.committed.map(|committed| Sending { generation, committed, held });
                 (state, sending, view.committed.map_or(0, |epoch| epoch.0))
             }
         })

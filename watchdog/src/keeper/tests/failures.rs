@@ -74,7 +74,7 @@ async fn reaches(arbiter: &Memory, term: Term) {
 #[tokio::test]
 async fn a_protection_that_began_before_a_restart_goes_on() {
     let runs = Local { runs: true, image: None, generation: Some(Generation(1)) };
-    let host = FakeHost::new(runs, Some(Sending { generation: Generation(1), committed: EpochId(7) }));
+    let host = FakeHost::new(runs, Some(SENDING));
     host.change(|seen| seen.degraded = true);
     let (arbiter, _folder) = alone(solo(), &host).await;
     // The term after that which was found makes void what was under way; the one after gives the copy up, whose backup
@@ -88,7 +88,7 @@ async fn a_protection_that_began_before_a_restart_goes_on() {
 #[tokio::test]
 async fn the_end_of_an_earlier_generation_is_not_the_end_of_the_guest() {
     let runs = Local { runs: true, image: None, generation: Some(Generation(1)) };
-    let host = FakeHost::new(runs, Some(Sending { generation: Generation(1), committed: EpochId(7) }));
+    let host = FakeHost::new(runs, Some(SENDING));
     host.change(|seen| seen.over = Some(Over { generation: Generation(0), crashed: false }));
     let image =
         Owner::Pair { primary: "alpha".into(), backup: "beta".into(), incarnation: IMAGE.incarnation };

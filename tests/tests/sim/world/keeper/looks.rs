@@ -88,8 +88,14 @@ impl World {
         if !keeper.outdated && keeper.opening == 0 {
             self.protection_goes_on(h, &seen, now);
         }
-        if let Some(keeper) = &mut self.hosts[h].keeper {
-            keeper.last = Some(seen);
+        let Some(keeper) = &mut self.hosts[h].keeper else { return };
+        let promised = seen.sending.and_then(|sending| sending.held);
+        let holds = keeper.engine.protocol().holds();
+        keeper.last = Some(seen);
+        if let (Some(term), Some(promised)) = (holds, promised)
+            && promised < term
+        {
+            self.have_it_held(h, term);
         }
     }
 
@@ -127,7 +133,10 @@ impl World {
             _ => {}
         }
         let Some(keeper) = &self.hosts[h].keeper else { return };
-        let seeded = seen.sending.zip(keeper.peer.as_ref()).and_then(|(sending, peer)| sending.seeded(peer));
+        let seeded = seen
+            .sending
+            .zip(keeper.peer.as_ref())
+            .and_then(|(sending, peer)| sending.seeded(peer, keeper.engine.protocol().term()));
         if let Some(seeded) = seeded {
             self.tell(h, Told::Event(Event::Seeded(seeded)));
         }

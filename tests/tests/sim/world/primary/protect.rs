@@ -32,9 +32,9 @@ impl World {
 
     pub(in crate::world) fn take_up(&mut self, h: usize) {
         let Some(agent) = &self.hosts[h].primary else { return };
-        let Some(Entry::Waiting(_)) = agent.entry else { return };
+        let Some(Entry::Waiting(generation)) = agent.entry else { return };
         let life = agent.life;
-        if self.hosts[h].qemu.is_none() {
+        if self.hosts[h].qemu.is_none() || self.is_past(h, generation) {
             self.forget_protection(h);
             if let Some(agent) = &mut self.hosts[h].primary {
                 agent.entry = None;
@@ -45,6 +45,14 @@ impl World {
         if let Some(PrimaryAgent { entry: Some(Entry::Waiting(_)), .. }) = &self.hosts[h].primary {
             self.after(2000, What::Primary(h, life, Input::Begin));
         }
+    }
+
+    /// Whether the backup agent of this host has had the guest since it was protected as this generation.
+    pub(in crate::world) fn is_past(&self, h: usize, generation: u64) -> bool {
+        self.hosts[h].disk.control.as_ref().is_some_and(|local| {
+            let had = matches!(local.role, Role::Standby | Role::Promoting | Role::Promoted);
+            had && local.generation.0 > generation
+        })
     }
 
     /// What `understudy protect` does, or the agent itself after a restart.
