@@ -22,6 +22,8 @@ pub mod protected;
 pub mod qemu;
 #[cfg(feature = "rpc")]
 pub mod rpc;
+#[cfg(feature = "rpc")]
+pub mod sealed;
 pub mod units;
 
 pub use error::ProtocolError;

@@ -1,11 +1,14 @@
 //! What the supervisor is told at its start.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use understudy_proto::rpc::transport::{self, PKI_DIR, Security, TlsFiles};
+use understudy_proto::sealed::HeartbeatKey;
 
 use crate::arbiter::FenceCommand;
 use crate::bound;
@@ -41,9 +44,26 @@ pub struct Config {
     #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:7422")]
     pub listen_heartbeats: SocketAddr,
 
-    /// The witness, which decides who runs a guest: in a third place, 7421 if no port is given.
+    /// The witness, which decides who runs a guest: in a third place, 7421 if no port is given. By mutual TLS.
     #[arg(long, value_name = "HOST[:PORT]")]
     pub witness_at: Option<String>,
+
+    /// A member of an etcd cluster that decides instead of a witness: HOST, HOST:PORT (2379 if none is given), both by
+    /// mutual TLS, or a URL; may be given several times.
+    #[arg(long, value_name = "ENDPOINT", conflicts_with = "witness_at")]
+    pub etcd: Vec<String>,
+
+    /// The secret of the heartbeats, in a file that only root can read: at least 32 bytes, the same on both hosts.
+    #[arg(long, value_name = "FILE")]
+    pub heartbeat_key: Option<PathBuf>,
+
+    /// Take heartbeats from anybody: whoever reaches the port can delay a failover, or have one done that nobody needs.
+    #[arg(long, conflicts_with = "heartbeat_key")]
+    pub unauthenticated_heartbeats: bool,
+
+    /// Certificates in libvirt's layout, for the witness and etcd.
+    #[arg(long, value_name = "DIR", default_value = PKI_DIR)]
+    pub pki_dir: PathBuf,
 
     /// When the backup is lost: hold the guest's output until there is one again, or let it run unprotected.
     #[arg(long, value_enum, default_value_t = OnLostBackup::Hold)]
@@ -74,7 +94,8 @@ pub struct Config {
     #[arg(long, conflicts_with = "spare")]
     pub no_reprotect: bool,
 
-    /// Protect it again over plain TCP, as with `understudy protect --insecure`.
+    /// Protect it again over plain TCP, as with `understudy protect --insecure`, and ask or serve as witness without TLS:
+    /// only on loopback addresses.
     #[arg(long)]
     pub insecure: bool,
 
@@ -91,9 +112,14 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value_t = 60_000)]
     pub fence_timeout_ms: u64,
 
-    /// Serve as witness on this address, and do nothing else.
-    #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["peer", "witness_at"])]
+    /// Serve as witness on this address, and do nothing else. By mutual TLS.
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["peer", "witness_at", "etcd"])]
     pub witness: Option<SocketAddr>,
+
+    /// A name of which the certificate of whoever asks the witness must have one; may be given several times. Without it
+    /// every certificate of the CA will do.
+    #[arg(long, value_name = "NAME", requires = "witness")]
+    pub allow: Vec<String>,
 
     /// Where the witness keeps its records.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/understudy-witness")]
@@ -208,6 +234,34 @@ impl Config {
         Ok(Some(Arc::new(FenceCommand { program, options, timeout })))
     }
 
+    /// How the witness is asked.
+    pub fn asks(&self) -> Security {
+        if self.insecure { Security::Plain } else { Security::Tls(TlsFiles::client(&self.pki_dir)) }
+    }
+
+    /// How it is served.
+    pub fn serves(&self) -> Security {
+        if self.insecure {
+            return Security::Plain;
+        }
+        Security::Tls(TlsFiles::server(&self.pki_dir, self.allow.clone()))
+    }
+
+    /// The secret of the heartbeats. Blocks for a moment.
+    ///
+    /// # Errors
+    /// If the file cannot be used, or others can read it. Its content is not quoted.
+    pub fn key(&self) -> Result<HeartbeatKey, String> {
+        let Some(file) = &self.heartbeat_key else { return Ok(HeartbeatKey::none()) };
+        let named = |reason: String| format!("--heartbeat-key {}: {reason}", file.display());
+        let data = std::fs::metadata(file).map_err(|error| named(error.to_string()))?;
+        if data.permissions().mode() & 0o077 != 0 {
+            return Err(named("others can read it: chmod 600".to_owned()));
+        }
+        let secret = std::fs::read(file).map_err(|error| named(error.to_string()))?;
+        HeartbeatKey::new(secret.trim_ascii()).map_err(|error| named(error.to_string()))
+    }
+
     /// Who is asked to protect a guest that runs alone.
     pub fn spares(&self) -> Vec<String> {
         if self.no_reprotect {
@@ -219,6 +273,33 @@ impl Config {
         let mut hosts: Vec<String> = self.peer.iter().map(|peer| peer.ip().to_string()).collect();
         hosts.dedup();
         hosts
+    }
+
+    fn of_the_arbiter(&self) -> Vec<String> {
+        let mut mistakes = Vec::new();
+        let arbiter = self.witness_at.is_some() || !self.etcd.is_empty();
+        if self.is_automatic() && !arbiter {
+            mistakes.push(
+                "--peer is given without --witness-at or --etcd: who runs a guest takes both".to_owned(),
+            );
+        }
+        if arbiter && !self.is_automatic() {
+            let which = if self.etcd.is_empty() { "--witness-at" } else { "--etcd" };
+            mistakes.push(format!("{which} is given without --peer: who runs a guest takes both"));
+        }
+        if cfg!(not(feature = "etcd")) && !self.etcd.is_empty() {
+            mistakes.push("--etcd is given, but this was built without the feature `etcd`".to_owned());
+        }
+        let served = self.witness.is_some_and(|address| !address.ip().is_loopback());
+        let asked = self.witness_at.as_ref().is_some_and(|at| !transport::is_loopback(at));
+        if self.insecure && (served || asked) {
+            let which = if served { "--witness" } else { "--witness-at" };
+            mistakes.push(format!(
+                "--insecure is given, and {which} is no loopback address: leave it out, and give the hosts and the witness \
+                 certificates"
+            ));
+        }
+        mistakes
     }
 
     /// Everything that is wrong with it, one sentence each.
@@ -233,10 +314,14 @@ impl Config {
                 self.hung_after_ms
             ));
         }
-        if self.is_automatic() != self.witness_at.is_some() {
-            let (is, lacks) =
-                if self.is_automatic() { ("--peer", "--witness-at") } else { ("--witness-at", "--peer") };
-            mistakes.push(format!("{is} is given without {lacks}: who runs a guest takes both"));
+        mistakes.extend(self.of_the_arbiter());
+        let far = self.peer.iter().any(|peer| !peer.ip().is_loopback());
+        if far && self.heartbeat_key.is_none() && !self.unauthenticated_heartbeats {
+            mistakes.push(
+                "--peer is another host and there is no --heartbeat-key: whoever reaches the port could keep a dead host \
+                 alive; make one on both hosts, or say --unauthenticated-heartbeats on a network of your own"
+                    .to_owned(),
+            );
         }
         if !SUSPECT_AFTER_MS.contains(&self.suspect_after_ms) {
             let (from, to) = (SUSPECT_AFTER_MS.start(), SUSPECT_AFTER_MS.end());
@@ -285,12 +370,61 @@ mod tests {
             })
         };
         assert_eq!(parse(&[]).unwrap(), (false, 0));
-        assert_eq!(parse(&["--peer", "10.0.0.2:7422"]).unwrap(), (true, 1));
+        assert_eq!(parse(&["--peer", "127.0.0.1:7422"]).unwrap(), (true, 1));
         assert_eq!(parse(&["--witness-at", "w"]).unwrap(), (false, 1));
-        assert_eq!(parse(&["--peer", "10.0.0.2:7422", "--witness-at", "w"]).unwrap(), (true, 0));
+        assert_eq!(parse(&["--peer", "127.0.0.1:7422", "--witness-at", "w"]).unwrap(), (true, 0));
+        let built = usize::from(cfg!(not(feature = "etcd")));
+        assert_eq!(
+            parse(&["--peer", "127.0.0.1:7422", "--etcd", "w", "--etcd", "v"]).unwrap(),
+            (true, built)
+        );
+        assert_eq!(parse(&["--etcd", "w"]).unwrap(), (false, 1 + built));
+        assert!(parse(&["--peer", "127.0.0.1:7422", "--etcd", "w", "--witness-at", "v"]).is_err());
         assert_eq!(parse(&["--suspect-after-ms", "10"]).unwrap().1, 1);
         assert_eq!(parse(&["--qemu-silent-ms", "10", "--load-limit-ms", "60000"]).unwrap().1, 2);
         assert!(parse(&["--witness", "0.0.0.0:7421", "--peer", "10.0.0.2:7422"]).is_err());
+    }
+
+    #[test]
+    fn nothing_leaves_this_machine_unprotected_unless_it_is_said() {
+        let mistakes = |args: &[&str]| {
+            let config = Config::try_parse_from(["understudy-watchdog"].iter().chain(args)).unwrap();
+            config.mistakes().join("; ")
+        };
+        let far = ["--peer", "10.0.0.2:7422", "--witness-at", "w"];
+        assert!(mistakes(&far).contains("--heartbeat-key"), "{}", mistakes(&far));
+        for more in [&["--heartbeat-key", "k"][..], &["--unauthenticated-heartbeats"]] {
+            assert_eq!(mistakes(&[&far[..], more].concat()), "");
+        }
+        let plain = mistakes(&[&far[..], &["--heartbeat-key", "k", "--insecure"]].concat());
+        assert!(plain.contains("--witness-at is no loopback"), "{plain}");
+        assert_eq!(mistakes(&["--witness", "10.0.0.1:7421", "--allow", "a"]), "");
+        let plain = mistakes(&["--witness", "10.0.0.1:7421", "--insecure"]);
+        assert!(plain.contains("--witness is no loopback"), "{plain}");
+        assert_eq!(mistakes(&["--witness", "127.0.0.1:7421", "--insecure"]), "");
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_or_that_is_short_is_refused_and_not_quoted() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("key");
+        let config =
+            Config::try_parse_from(["understudy-watchdog", "--heartbeat-key", file.to_str().unwrap()]);
+        let config = config.unwrap();
+        assert!(config.key().unwrap_err().contains("No such file"));
+        let write = |text: &str, mode| {
+            std::fs::write(&file, text).unwrap();
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        let secret = "s3cret".repeat(10);
+        write(&secret, 0o640);
+        let error = config.key().unwrap_err();
+        assert!(error.contains("chmod 600") && !error.contains("s3cret"), "{error}");
+        write("s3cret\n", 0o600);
+        let error = config.key().unwrap_err();
+        assert!(error.contains("6 bytes") && !error.contains("s3cret"), "{error}");
+        write(&secret, 0o600);
+        assert!(config.key().is_ok());
     }
 
     #[test]
@@ -310,7 +444,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("options");
         let parse = |more: &[&str]| {
-            let args = ["understudy-watchdog", "--peer", "10.0.0.2:7422", "--witness-at", "w"];
+            let args = ["understudy-watchdog", "--peer", "127.0.0.1:7422", "--witness-at", "w"];
             Config::try_parse_from(args.iter().chain(more)).unwrap()
         };
         let options = file.to_str().unwrap();

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use tracing::info;
+use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
-use understudy_watchdog::arbiter::WitnessArbiter;
+use understudy_proto::sealed::Seal;
+use understudy_watchdog::arbiter::{Arbiter, WitnessArbiter};
 use understudy_watchdog::bound;
 use understudy_watchdog::config::Config;
 use understudy_watchdog::keeper::{self, AgentHost, Asked, Paths, Reports, Settings};
@@ -62,8 +63,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// How long the witness may take over a question.
-const WITNESS_ANSWER: Duration = Duration::from_secs(1);
+/// How long the arbiter may take over a question.
+const ARBITER_ANSWER: Duration = Duration::from_secs(1);
 
 fn witness(config: &Config, address: std::net::SocketAddr) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
@@ -73,7 +74,7 @@ fn witness(config: &Config, address: std::net::SocketAddr) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(witness::serve(&config.witness_dir, address)) {
+    match runtime.block_on(witness::serve(&config.witness_dir, address, config.serves())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("understudy-watchdog: {failure}; {}", failure.remedy);
@@ -82,12 +83,26 @@ fn witness(config: &Config, address: std::net::SocketAddr) -> ExitCode {
     }
 }
 
+fn arbiter(config: &Config) -> Result<Arc<dyn Arbiter>, String> {
+    #[cfg(feature = "etcd")]
+    if !config.etcd.is_empty() {
+        let files = understudy_proto::rpc::transport::TlsFiles::client(&config.pki_dir);
+        let etcd = understudy_watchdog::arbiter::EtcdArbiter::new(&config.etcd, &files, ARBITER_ANSWER);
+        return Ok(Arc::new(etcd.map_err(|failure| format!("{failure}; {}", failure.remedy))?));
+    }
+    let Some(at) = &config.witness_at else { return Err("--witness-at is not given".to_owned()) };
+    Ok(Arc::new(WitnessArbiter::new(at, config.asks(), ARBITER_ANSWER)))
+}
+
 /// Starts the claim protocol beside the supervisor. When it ends the process does: a watchdog that only looks alive is
 /// worse than none, and whoever started it starts it again.
 fn keep_guests(config: &Config, libvirt: Arc<Libvirt>) -> Result<(), String> {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let Some(at) = &config.witness_at else { return Err("--witness-at is not given".to_owned()) };
-    let arbiter = Arc::new(WitnessArbiter::new(at, WITNESS_ANSWER));
+    let arbiter = arbiter(config)?;
+    let seal = Seal::new(config.key()?, uuid::Uuid::new_v4());
+    if config.unauthenticated_heartbeats {
+        warn!("heartbeats are taken from anybody (--unauthenticated-heartbeats)");
+    }
     let host = AgentHost {
         run_dir: config.run_dir.clone(),
         state_dir: config.state_dir.clone(),
@@ -101,7 +116,7 @@ fn keep_guests(config: &Config, libvirt: Arc<Libvirt>) -> Result<(), String> {
         host: name,
         policies: config.policies(),
         timing: config.timing(),
-        limits: bound::Limits { arbiter: WITNESS_ANSWER, load: config.load_limit() },
+        limits: bound::Limits { arbiter: ARBITER_ANSWER, load: config.load_limit() },
         fence: config.fence()?,
         spares: config.spares(),
         reports: Reports::new(config.state_dir.join("reports")),
@@ -109,7 +124,7 @@ fn keep_guests(config: &Config, libvirt: Arc<Libvirt>) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| error.to_string())?;
     let (listen, peers) = (config.listen_heartbeats, config.peer.clone());
-    let opened = runtime.block_on(Paths::open(listen, peers));
+    let opened = runtime.block_on(Paths::open(listen, peers, seal));
     let paths = opened.map_err(|error| format!("cannot listen for heartbeats on {listen}: {error}"))?;
     let questions = runtime
         .block_on(keeper::listen(&config.run_dir))

@@ -11,7 +11,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use tracing::info;
 use understudy_proto::ids::GuestId;
 use understudy_proto::ownership::Term;
-use understudy_proto::rpc::transport;
+use understudy_proto::rpc::transport::{self, Security, TcpIncoming};
 use understudy_proto::rpc::witness::{Stored, WitnessService, witness_routes};
 use understudy_proto::rpc::{Failure, FailureKind, async_trait};
 
@@ -127,8 +127,8 @@ impl WitnessService for Witness {
 /// Serves the database in `folder` on `address` until the process ends.
 ///
 /// # Errors
-/// If the database cannot be opened or the address not be bound.
-pub async fn serve(folder: &Path, address: SocketAddr) -> Result<(), Failure> {
+/// If the database cannot be opened, the address not be bound, or the files of TLS not be used.
+pub async fn serve(folder: &Path, address: SocketAddr, security: Security) -> Result<(), Failure> {
     let store = Store::open(folder)?;
     let incoming = transport::listen(address).map_err(|error| {
         Failure::new(
@@ -137,9 +137,24 @@ pub async fn serve(folder: &Path, address: SocketAddr) -> Result<(), Failure> {
             format!("cannot listen on {address}: {error}"),
         )
     })?;
-    info!(%address, store = %store.path.display(), "the witness serves");
-    let routes = witness_routes(Arc::new(Witness::new(store)));
-    transport::server().add_routes(routes).serve_with_incoming(incoming).await.map_err(|error| {
+    info!(%address, store = %store.path.display(), tls = matches!(security, Security::Tls(_)), "the witness serves");
+    serve_on(incoming, store, security).await
+}
+
+/// The same on what is bound already.
+pub(crate) async fn serve_on(incoming: TcpIncoming, store: Store, security: Security) -> Result<(), Failure> {
+    let router = transport::server().add_routes(witness_routes(Arc::new(Witness::new(store))));
+    let ended = match security {
+        Security::Tls(files) => {
+            files.server_config().map_err(|reason| {
+                Failure::new(FailureKind::FailedPrecondition, "tls-files", reason)
+                    .with_remedy("make the witness certificates as for libvirt's own TLS, in --pki-dir")
+            })?;
+            router.serve_with_incoming(transport::secured(incoming, files)).await
+        }
+        _ => router.serve_with_incoming(incoming).await,
+    };
+    ended.map_err(|error| {
         Failure::new(FailureKind::Internal, "witness", format!("the witness ended: {error}"))
     })
 }

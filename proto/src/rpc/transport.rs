@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
-use tonic::transport::server::TcpIncoming;
+pub use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Endpoint, Server};
 
 /// Port of the backup agent.
@@ -165,21 +165,20 @@ impl AdminTcp {
     }
 }
 
+/// What is said when nobody answers where a backup agent should.
+const NO_BACKUP: &str =
+    "check that understudy-backup runs there, listens on that address, and no firewall is in between";
+
 /// Connects to the backup agent at `host` (see [`authority`]) over plain TCP.
 ///
 /// # Errors
 /// `unreachable`, with what was tried.
 pub async fn connect_plaintext(host: &str) -> Result<Channel, Failure> {
-    let uri = format!("http://{}", authority(host));
-    let endpoint = Endpoint::from_shared(uri.clone()).map_err(|e| {
-        Failure { retryable: false, ..Failure::from(e) }
-            .with_remedy(format!("give the backup as HOST or HOST:PORT; {host:?} is neither"))
-    })?;
-    configured(endpoint).connect().await.map_err(|e| {
-        let f = Failure::from(e);
-        Failure { reason: format!("cannot connect to {uri}: {}", f.reason), ..f }.with_remedy(
-            "check that understudy-backup runs there, listens on that address, and no firewall is in between",
-        )
+    connect_plain(&authority(host), configured, NO_BACKUP).await.map_err(|failure| {
+        if failure.kind == FailureKind::InvalidArgument {
+            return failure.with_remedy(format!("give the backup as HOST or HOST:PORT; {host:?} is neither"));
+        }
+        failure
     })
 }
 
@@ -190,12 +189,38 @@ pub async fn connect_plaintext(host: &str) -> Result<Channel, Failure> {
 /// As [`connect_plaintext`]; `tls` if one side does not accept the other, in words.
 pub async fn connect(host: &str, security: &Security) -> Result<Channel, Failure> {
     let Security::Tls(files) = security else { return connect_plaintext(host).await };
-    connect_tls(
-        authority(host),
-        files,
-        "check that understudy-backup runs there, listens on that address, and no firewall is in between",
-    )
-    .await
+    connect_tls(authority(host), files, configured, NO_BACKUP).await
+}
+
+/// Connects to a server of ours at `authority` as `security` says; `unreachable` is what to do if nobody answers there.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_at(
+    authority: String,
+    security: &Security,
+    unreachable: &str,
+) -> Result<Channel, Failure> {
+    match security {
+        Security::Tls(files) => connect_tls(authority, files, configured, unreachable).await,
+        _ => connect_plain(&authority, configured, unreachable).await,
+    }
+}
+
+/// The same to a server that is not ours: it is not asked for signs of life, as many end a connection for that.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_foreign(
+    authority: String,
+    security: &Security,
+    unreachable: &str,
+) -> Result<Channel, Failure> {
+    let settings = |endpoint: Endpoint| endpoint.tcp_nodelay(true).connect_timeout(CONNECT_TIMEOUT);
+    match security {
+        Security::Tls(files) => connect_tls(authority, files, settings, unreachable).await,
+        _ => connect_plain(&authority, settings, unreachable).await,
+    }
 }
 
 /// Connects to the admin service at `authority` by TLS.
@@ -205,10 +230,32 @@ pub async fn connect(host: &str, security: &Security) -> Result<Channel, Failure
 pub async fn connect_admin(authority: String, files: &TlsFiles) -> Result<Channel, Failure> {
     let remedy =
         "check that the agent there was started with --admin-listen and that no firewall is in between";
-    connect_tls(authority, files, remedy).await
+    connect_tls(authority, files, configured, remedy).await
 }
 
-async fn connect_tls(authority: String, files: &TlsFiles, unreachable: &str) -> Result<Channel, Failure> {
+async fn connect_plain(
+    authority: &str,
+    settings: fn(Endpoint) -> Endpoint,
+    unreachable: &str,
+) -> Result<Channel, Failure> {
+    let uri = format!("http://{authority}");
+    let endpoint = Endpoint::from_shared(uri.clone()).map_err(|e| Failure {
+        retryable: false,
+        kind: FailureKind::InvalidArgument,
+        ..Failure::from(e)
+    })?;
+    settings(endpoint).connect().await.map_err(|e| {
+        let f = Failure::from(e);
+        Failure { reason: format!("cannot connect to {uri}: {}", f.reason), ..f }.with_remedy(unreachable)
+    })
+}
+
+async fn connect_tls(
+    authority: String,
+    files: &TlsFiles,
+    settings: fn(Endpoint) -> Endpoint,
+    unreachable: &str,
+) -> Result<Channel, Failure> {
     // A mistake of ours is told as it is, and not as a connection that failed.
     files.client_config().map_err(tls_files)?;
     let files = files.clone();
@@ -219,7 +266,7 @@ async fn connect_tls(authority: String, files: &TlsFiles, unreachable: &str) -> 
         let (authority, files) = (authority.clone(), files.clone());
         async move { Secure::connect(&authority, &files).await.map(TokioIo::new) }
     });
-    configured(endpoint).connect_with_connector(connector).await.map_err(|error| {
+    settings(endpoint).connect_with_connector(connector).await.map_err(|error| {
         let failure = Failure::from(error);
         let is_tls = failure.reason.contains("TLS");
         let reason = format!("cannot connect to {target}: {}", failure.reason);

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -11,6 +12,12 @@ use super::plan::{HostName, Net};
 
 /// Whose certificate may command the agents over TCP.
 pub(crate) const OPERATOR: &str = "operator";
+
+/// Who decides which host runs a guest, on the client's addresses.
+pub(crate) const WITNESS: &str = "witness";
+
+/// The secret of the heartbeats, beside the certificates.
+const HEARTBEAT_KEY: &str = "heartbeat.key";
 
 /// In the shared folder.
 const FOLDER: &str = "pki";
@@ -29,6 +36,11 @@ const GOOD_UNTIL: i32 = 2400;
 /// The folder of a host's certificates, or of the operator's.
 pub(crate) fn folder(shared: &Path, name: &str) -> PathBuf {
     shared.join(FOLDER).join(name)
+}
+
+/// The secret of the heartbeats, as a file of the shared folder.
+pub(crate) fn heartbeat_key(shared: &Path) -> PathBuf {
+    shared.join(FOLDER).join(HEARTBEAT_KEY)
 }
 
 /// Certificates of a host that must be refused.
@@ -111,6 +123,11 @@ pub(crate) fn ensure(shared: &Path) -> Result<()> {
     for name in [Wrong::Gamma.name(), OPERATOR] {
         ours.issue(&fresh.join(name), &[name.to_owned()], &[], GOOD_UNTIL)?;
     }
+    let addresses = [Net::Lan, Net::Repl, Net::Mgmt].map(|net| net.client().into());
+    ours.issue(&fresh.join(WITNESS), &[WITNESS.to_owned()], &addresses, GOOD_UNTIL)?;
+    let key = fresh.join(HEARTBEAT_KEY);
+    fs::write(&key, KeyPair::generate()?.serialize_pem())?;
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600))?;
     // Nobody sees half of it.
     fs::rename(&fresh, shared.join(FOLDER)).context("cannot put the certificates into place")
 }
@@ -123,7 +140,7 @@ mod tests {
     fn every_folder_is_whole_and_made_once() {
         let shared = tempfile::tempdir().unwrap();
         ensure(shared.path()).unwrap();
-        for name in ["alpha", "beta", "stranger", "expired", "gamma", OPERATOR] {
+        for name in ["alpha", "beta", "stranger", "expired", "gamma", OPERATOR, WITNESS] {
             for file in FILES {
                 let text = fs::read_to_string(folder(shared.path(), name).join(file)).unwrap();
                 assert!(text.starts_with("-----BEGIN "), "{name} {file}");

@@ -13,7 +13,7 @@ use super::plan::{Net, guest_address, guest_v6};
 use crate::{process, workspace};
 
 /// It ends when it is told to; this is for the case that nobody does.
-const AT_MOST: &str = "900";
+const AT_MOST: &str = "3000";
 
 const LIMIT: Duration = Duration::from_secs(20);
 

@@ -1,8 +1,12 @@
 //! Who decides which host runs a guest.
 
+#[cfg(feature = "etcd")]
+mod etcd;
 mod fence;
 mod witness;
 
+#[cfg(feature = "etcd")]
+pub use etcd::EtcdArbiter;
 pub use fence::{FenceCommand, FenceOutcome, Fencing};
 pub use witness::WitnessArbiter;
 

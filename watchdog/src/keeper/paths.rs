@@ -2,25 +2,34 @@
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::net::UdpSocket;
-use tracing::debug;
-use understudy_proto::heartbeat::{Heartbeat, MAX_BYTES};
+use tracing::{debug, warn};
+use understudy_proto::heartbeat::Heartbeat;
+use understudy_proto::sealed::{MAX_BYTES, Opened, Refused, Seal};
+
+/// Between two warnings about datagrams that are not authentic.
+const WARN: Duration = Duration::from_secs(60);
 
 /// A socket and where the other host listens: once for each network both hosts are on.
 #[derive(Debug)]
 pub struct Paths {
     socket: UdpSocket,
     peers: Vec<SocketAddr>,
+    seal: Mutex<Seal>,
+    warned: Mutex<Option<Instant>>,
 }
 
 impl Paths {
-    /// Listens on `listen` and sends to all of `peers`.
+    /// Listens on `listen` and sends to all of `peers`; what counts is what `seal` takes.
     ///
     /// # Errors
     /// If the address cannot be bound.
-    pub async fn open(listen: SocketAddr, peers: Vec<SocketAddr>) -> std::io::Result<Self> {
-        Ok(Self { socket: UdpSocket::bind(listen).await?, peers })
+    pub async fn open(listen: SocketAddr, peers: Vec<SocketAddr>, seal: Seal) -> std::io::Result<Self> {
+        let socket = UdpSocket::bind(listen).await?;
+        Ok(Self { socket, peers, seal: Mutex::new(seal), warned: Mutex::default() })
     }
 
     /// Where it listens.
@@ -33,21 +42,27 @@ impl Paths {
 
     /// Sends to everyone; one that is lost is like one that was never sent.
     pub async fn send(&self, heartbeat: &Heartbeat) {
-        let Ok(bytes) = heartbeat.encode() else { return };
         for peer in &self.peers {
-            if let Err(error) = self.socket.send_to(&bytes, peer).await {
-                debug!(%peer, %error, "a heartbeat was not sent");
+            let sealed = self.seal.lock().unwrap_or_else(PoisonError::into_inner).seal(heartbeat);
+            if let Ok(bytes) = sealed {
+                self.send_to(&bytes, *peer).await;
             }
         }
     }
 
-    /// The next heartbeat; what is none is passed over.
+    async fn send_to(&self, bytes: &[u8], peer: SocketAddr) {
+        if let Err(error) = self.socket.send_to(bytes, peer).await {
+            debug!(%peer, %error, "a datagram was not sent");
+        }
+    }
+
+    /// The next heartbeat; what is none, is not authentic or not fresh is passed over.
     ///
     /// # Errors
     /// If the socket fails.
     ///
     /// # Cancel safety
-    /// What is not given stays in the socket.
+    /// What is not given stays in the socket. An answer to a stranger may not be sent; it asks again.
     pub async fn receive(&self) -> std::io::Result<Heartbeat> {
         let mut buffer = [0; MAX_BYTES + 1];
         loop {
@@ -61,10 +76,23 @@ impl Paths {
                 }
                 Err(error) => return Err(error),
             };
-            match Heartbeat::decode(&buffer[..len]) {
-                Ok(heartbeat) => return Ok(heartbeat),
-                Err(error) => debug!(%from, %error, "not a heartbeat"),
+            let opened = self.seal.lock().unwrap_or_else(PoisonError::into_inner).open(&buffer[..len]);
+            match opened {
+                Ok(Opened::Heartbeat(heartbeat)) => return Ok(heartbeat),
+                Ok(Opened::Reply(reply)) => self.send_to(&reply, from).await,
+                Ok(Opened::Known) => {}
+                Err(Refused::NotAuthentic) => self.not_authentic(from),
+                Err(error) => debug!(%from, %error, "a datagram does not count"),
             }
+        }
+    }
+
+    fn not_authentic(&self, from: SocketAddr) {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.is_none_or(|at| at.elapsed() >= WARN) {
+            *warned = Some(Instant::now());
+            let why = Refused::NotAuthentic;
+            warn!(%from, %why, "a datagram does not count");
         }
     }
 }

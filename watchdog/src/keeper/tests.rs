@@ -1,6 +1,7 @@
 //! Two keepers with heartbeats over loopback and a record they share. Only the agents are made up.
 
 mod failures;
+mod forged;
 
 use std::sync::Mutex;
 
@@ -8,6 +9,7 @@ use understudy_proto::ids::{EpochId, Generation, Incarnation};
 use understudy_proto::ownership::{Owner, Ownership, Term};
 use understudy_proto::rpc::Failure;
 use understudy_proto::rpc::async_trait;
+use understudy_proto::sealed::{HeartbeatKey, MIN_KEY_BYTES, Seal};
 
 use super::*;
 use understudy_proto::rpc::owner::{Question, Told};
@@ -143,6 +145,8 @@ struct Pair {
     /// Alpha's and beta's.
     ask: Vec<mpsc::Sender<Asking>>,
     folder: tempfile::TempDir,
+    /// Where beta listens.
+    second: std::net::SocketAddr,
 }
 
 fn questions() -> (mpsc::Sender<Asking>, Questions) {
@@ -161,7 +165,16 @@ fn settings(host: &str, policies: Policies, timing: Timing, folder: &std::path::
     }
 }
 
+fn seal() -> Seal {
+    Seal::new(HeartbeatKey::new(&[7; MIN_KEY_BYTES]).unwrap(), uuid::Uuid::new_v4())
+}
+
 async fn pair(policies: Policies) -> Pair {
+    pair_behind(policies, None).await
+}
+
+/// What alpha sends goes to the relay, if there is one; it is told where the two listen.
+async fn pair_behind(policies: Policies, relay: Option<&forged::Relay>) -> Pair {
     let record = Arc::new(Memory::default());
     let runs = Local { runs: true, image: None, generation: Some(Generation(1)) };
     let sending = SENDING;
@@ -171,11 +184,10 @@ async fn pair(policies: Policies) -> Pair {
     let free = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let at = free.local_addr().unwrap();
     drop(free);
-    let first = Paths::open(at, vec![]).await.unwrap();
-    let second = Paths::open(any, vec![at]).await.unwrap();
+    let second = Paths::open(any, vec![at], seal()).await.unwrap();
     let back = second.address().unwrap();
-    drop(first);
-    let first = Paths::open(at, vec![back]).await.unwrap();
+    let to = relay.map_or(back, |relay| relay.between(at, back));
+    let first = Paths::open(at, vec![to], seal()).await.unwrap();
     // Generous: a busy machine must not look like a death.
     let second_long = Duration::from_secs(5);
     let timing = Timing { primary_silent: second_long, backup_silent: second_long, ..Timing::default() };
@@ -186,7 +198,7 @@ async fn pair(policies: Policies) -> Pair {
         keepers.push(tokio::spawn(run(settings, arbiter, host, paths, asked.1)));
         ask.push(asked.0);
     }
-    let pair = Pair { record, alpha, beta, keepers, ask, folder };
+    let pair = Pair { record, alpha, beta, keepers, ask, folder, second: back };
     pair.until("both agree", |record| {
         matches!(&record.owner, Owner::Pair { primary, backup, .. } if primary == "alpha" && backup == "beta")
     })
@@ -228,7 +240,7 @@ async fn a_dead_primary_is_replaced_without_anybody_and_its_stale_guest_is_ended
     );
     // The old host comes back with its guest still there.
     let settings = settings("alpha", Policies::default(), Timing::default(), pair.folder.path());
-    let paths = Paths::open("127.0.0.1:0".parse().unwrap(), vec![]).await.unwrap();
+    let paths = Paths::open("127.0.0.1:0".parse().unwrap(), vec![], seal()).await.unwrap();
     tokio::spawn(run(settings, pair.record.clone(), pair.alpha.clone(), paths, questions().1));
     Pair::until_done(&pair.alpha, |command| matches!(command, Command::DestroyGuest(_))).await;
     assert!(!pair.alpha.done().iter().any(|command| matches!(command, Command::OpenGate(_))));

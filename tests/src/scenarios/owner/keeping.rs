@@ -10,9 +10,11 @@ use serde_json::Value;
 use crate::lab::Lab;
 use crate::lab::guest::Guest;
 use crate::lab::observer::{Observer, Sample};
+use crate::lab::pki;
 use crate::lab::plan::{HostName, Net};
 use crate::lab::sides::Sides;
 use crate::lab::understudy::Role;
+use crate::lab::verify::Verify;
 use crate::scenarios::{SHAPES, start_shaped};
 use crate::{process, workspace};
 
@@ -23,6 +25,8 @@ const HEARTBEAT_PORT: u16 = 7422;
 /// Emulated hosts stand still for seconds, now and then.
 pub(super) const SUSPECT_AFTER_MS: u32 = 10_000;
 const QEMU_SILENT_MS: u32 = 15_000;
+/// Between two questions of the outside observer on a path.
+const VERIFY_EVERY_MS: u32 = 100;
 
 /// The witness, the watchdogs, guest g1 and who looks at it.
 pub(super) struct Keeping<'a> {
@@ -32,6 +36,7 @@ pub(super) struct Keeping<'a> {
     policy: &'static str,
     pub(super) observer: Observer,
     sides: Sides,
+    verify: Option<Verify>,
     boot: String,
     total: u64,
     /// Term of the last report.
@@ -52,6 +57,7 @@ impl<'a> Keeping<'a> {
             policy,
             observer: Observer::start(lab.dir(), "g1"),
             sides,
+            verify: None,
             boot: first.boot,
             total: first.total,
             reported: 0,
@@ -64,7 +70,13 @@ impl<'a> Keeping<'a> {
         }
         lab.protect("g1", HostName::Alpha)?;
         this.paired(HostName::Alpha)?;
+        this.verify = Some(Verify::start(lab, "g1", VERIFY_EVERY_MS)?);
         Ok(this)
+    }
+
+    /// Nothing that was heard of the guest until now was taken back.
+    pub(super) fn clean(&mut self) -> Result<()> {
+        self.verify.take().context("verify has ended already")?.end()?.ensure_clean()
     }
 
     pub(super) fn witness_up(&mut self) -> Result<()> {
@@ -73,6 +85,8 @@ impl<'a> Keeping<'a> {
         let program = workspace::target().join("release").join(WATCHDOG);
         let mut command = process::tied(&self.lab.dir().helper(), Some(&self.lab.dir().netns()), program);
         command.arg("--witness").arg(format!("0.0.0.0:{WITNESS_PORT}")).arg("--witness-dir").arg(&folder);
+        command.arg("--pki-dir").arg(pki::folder(&self.lab.dir().shared(), pki::WITNESS));
+        command.args(HostName::ALL.iter().flat_map(|host| ["--allow", host.name()]));
         let log = self.lab.dir().shared().join("log").join("witness.log");
         let log = fs::File::options().create(true).append(true).open(log)?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -94,9 +108,10 @@ impl<'a> Keeping<'a> {
             .map(|net| format!("--peer\n{}:{HEARTBEAT_PORT}", host.other().address(net)));
         let arguments = format!(
             "{}\n--witness-at\n{}:{WITNESS_PORT}\n--suspect-after-ms\n{SUSPECT_AFTER_MS}\n--qemu-silent-ms\n{QEMU_SILENT_MS}\
-             \n--insecure\n--on-lost-backup\n{}",
+             \n--heartbeat-key\n{}\n--on-lost-backup\n{}",
             peers.join("\n"),
             self.witness_on.client(),
+            pki::heartbeat_key(&self.lab.dir().shared()).display(),
             self.policy,
         );
         self.lab.restart_daemon(host, WATCHDOG, &arguments)
@@ -192,8 +207,11 @@ impl<'a> Keeping<'a> {
         }
     }
 
-    /// Only one host at a time has spoken for the guest, in this order.
-    pub(super) fn spoke(&self, hosts: &[HostName]) -> Result<()> {
+    /// Only one host at a time has spoken for the guest, in this order, and never what was taken back.
+    pub(super) fn spoke(&mut self, hosts: &[HostName]) -> Result<()> {
+        if self.verify.is_some() {
+            self.clean()?;
+        }
         let turns = self.sides.turns()?;
         let order: Vec<HostName> = turns.iter().map(|(host, _)| *host).collect();
         ensure!(order == hosts, "frames of the guest came from {turns:?}");

@@ -36,7 +36,8 @@ const WITNESS_ON: Net = Net::Mgmt;
 
 fn unattended(lab: &Lab) -> Result<()> {
     let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
-    power_cut(&mut keeping, Alpha)
+    power_cut(&mut keeping, Alpha)?;
+    keeping.clean()
 }
 
 fn round(lab: &Lab) -> Result<()> {

@@ -87,6 +87,8 @@ pub(super) fn backup_lost(lab: &Lab, policy: &'static str) -> Result<()> {
 /// The memory of both is gone. The guest stays off until somebody starts it, and can be protected.
 pub(super) fn both_lost(lab: &Lab) -> Result<()> {
     let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
+    // The guest that is started afterwards is another one.
+    keeping.clean()?;
     HostName::ALL.into_iter().try_for_each(|host| lab.power_off(host))?;
     HostName::ALL.into_iter().try_for_each(|host| lab.ensure_on(host))?;
     for host in HostName::ALL {

@@ -50,7 +50,7 @@ async fn an_instance_that_hangs_is_replaced_and_ended() {
 async fn alone(record: Ownership, host: &Arc<FakeHost>) -> (Arc<Memory>, tempfile::TempDir) {
     let (folder, arbiter) = (tempfile::tempdir().unwrap(), Arc::new(Memory(Mutex::new(Some(record)))));
     let settings = settings("alpha", Policies::default(), Timing::default(), folder.path());
-    let paths = Paths::open("127.0.0.1:0".parse().unwrap(), vec![]).await.unwrap();
+    let paths = Paths::open("127.0.0.1:0".parse().unwrap(), vec![], seal()).await.unwrap();
     let (asking, questions) = questions();
     // Nobody asks, and the keeper must not think that it is over.
     std::mem::forget(asking);
