@@ -16,6 +16,11 @@ pub fn free_memory_bytes() -> io::Result<u64> {
         .ok_or_else(|| io::Error::other("/proc/meminfo has no MemAvailable"))
 }
 
+/// Has this process keep some of what it frees; for the beginning of a program.
+pub fn keep_freed_memory() {
+    crate::sys::keep_freed_memory();
+}
+
 fn available_bytes(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

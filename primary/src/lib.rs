@@ -19,3 +19,8 @@ pub mod replicate;
 pub mod state_file;
 pub mod stats;
 mod sys;
+
+/// Has this process keep some of what it frees; for the beginning of a program.
+pub fn keep_freed_memory() {
+    sys::keep_freed_memory();
+}

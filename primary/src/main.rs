@@ -44,6 +44,7 @@ fn main() -> ExitCode {
     } else {
         logger.with_ansi(false).init();
     }
+    understudy_primary::keep_freed_memory();
     match serve(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

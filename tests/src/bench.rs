@@ -20,10 +20,16 @@ pub(crate) enum Bench {
     Autopilot,
     /// Bytes of generated epochs on the wire
     Wire,
+    /// What the governor makes of a link, beside the same epochs raw
+    Governor,
     /// What encoding a page costs
     Codec,
     /// Memory of encoder and image
     Memory,
+    /// From an epoch's first byte to its commit, beside plain TCP
+    Transfer,
+    /// Plots what the others have written: `-- FILE...`, into docs/plots
+    Plot,
     /// How long a request to a guest takes, in the lab: unprotected, with fixed epochs, with epochs that output ends
     Latency,
     /// How long a promotion takes to load a guest, and the backup's memory
@@ -38,19 +44,42 @@ pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Resul
         // In the lab, by this program itself.
         Bench::Failover => return failover::run(json.as_deref(), more),
         Bench::Latency => return crate::scenarios::latency::run(json.as_deref()),
-        Bench::Load => None,
+        Bench::Load | Bench::Transfer => None,
         Bench::Pause => Some("pause"),
         Bench::Slowdown => Some("slowdown"),
         Bench::Autopilot => Some("autopilot"),
         Bench::Wire => Some("wire"),
+        Bench::Governor => Some("governor"),
+        Bench::Plot => Some("plot"),
         Bench::Codec => Some("codec"),
         Bench::Memory => Some("memory"),
     };
     let mut cargo = workspace::cargo();
-    cargo.args(["run", "--locked", "--release", "-p"]);
-    match name {
-        Some(name) => cargo.args(["understudy-tests", "--example", "bench", "--", name]),
-        None => cargo.args(["understudy-backup", "--example", "promotion_time", "--"]),
+    match (name, bench) {
+        (Some(name), _) => cargo.args([
+            "run",
+            "--locked",
+            "--release",
+            "-p",
+            "understudy-tests",
+            "--example",
+            "bench",
+            "--",
+            name,
+        ]),
+        (None, Bench::Transfer) => {
+            cargo.args(["bench", "--locked", "-p", "understudy-backup", "--bench", "loopback", "--"])
+        }
+        (None, _) => cargo.args([
+            "run",
+            "--locked",
+            "--release",
+            "-p",
+            "understudy-backup",
+            "--example",
+            "promotion_time",
+            "--",
+        ]),
     };
     if let Some(file) = json {
         // Cargo runs at the root, whoever calls from elsewhere.

@@ -7,6 +7,7 @@ mod demo;
 mod host;
 mod lab;
 mod process;
+mod record;
 mod scenarios;
 mod setup;
 mod testing;
@@ -69,6 +70,14 @@ enum Command {
         /// For the bench itself, for example `-- --rounds 50`
         #[arg(last = true)]
         more: Vec<String>,
+    },
+    /// Records what real Linux guests do to their memory, for `bench wire`
+    Record {
+        /// Only these workloads
+        names: Vec<String>,
+        /// Where the traces go
+        #[arg(long, default_value = "tests/traces")]
+        into: std::path::PathBuf,
     },
     /// Two real hosts on this machine
     Lab(lab::cli::LabArgs),
@@ -139,6 +148,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Campaign { name } => testing::campaign(name),
         Command::Sim { seeds, start } => testing::sim::run(start, seeds),
         Command::Bench { name, json, more } => bench::run(name, json, &more),
+        Command::Record { names, into } => record::run(&names, &into),
         Command::Lab(args) => lab::cli::main(args),
         Command::Demo { json } => {
             process::ensure_root()?;

@@ -1,7 +1,12 @@
-//! The only unsafe code of this crate: memory for an image, anonymous at first, moved into shared files later.
+//! The only unsafe code of this crate: memory for an image, anonymous at first, moved into shared files later; and what the
+//! allocator keeps.
 #![allow(unsafe_code)]
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+mod heap;
+
+pub(crate) use heap::keep_freed_memory;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
@@ -34,7 +39,12 @@ impl ZeroedMemory {
                 MapFlags::PRIVATE,
             )
         }?;
-        let start = NonNull::new(start.cast()).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        let start = NonNull::new(start.cast::<u8>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        // A full copy writes most of it, and a fault for each small page would be the larger part of that.
+        // SAFETY: exactly what was mapped; the advice changes no content.
+        if let Err(error) = unsafe { madvise(start.as_ptr().cast(), len_bytes, Advice::LinuxHugepage) } {
+            tracing::debug!(%error, "no huge pages for the image");
+        }
         Ok(Self { start, len_bytes })
     }
 

@@ -167,6 +167,8 @@ pub struct Governor {
     warm_up: u32,
     hold: u32,
     since_change: u32,
+    /// Epochs with pages of each class since the plan is in use.
+    tried: [u32; 2],
 }
 
 impl Default for Governor {
@@ -189,6 +191,7 @@ impl Governor {
             warm_up: 0,
             hold: MIN_HOLD,
             since_change: MIN_HOLD,
+            tried: [0; 2],
         }
     }
 
@@ -260,6 +263,7 @@ impl Governor {
             self.warm_up = WARM_UP;
         }
         self.plan = best;
+        self.tried = [0; 2];
         self.since_change = 0;
         self.hold = (self.hold * 2).min(MAX_HOLD);
         Some(change)
@@ -301,7 +305,14 @@ impl Governor {
             let nanos = work.time.as_nanos() as f64 / work.pages as f64;
             let most = cost.nanos * MAX_JUMP;
             average(&mut cost.nanos, nanos.min(most));
-            average(&mut cost.bytes, work.bytes as f64 / work.pages as f64);
+            // What is usual gives way to the first epochs at once: sizes have no hiccups, and a plan that does not pay is left
+            // after a few.
+            let mut weight = WEIGHT;
+            if seen.plan == self.plan {
+                self.tried[class] = self.tried[class].saturating_add(1);
+                weight = weight.max(1.0 / f64::from(self.tried[class]));
+            }
+            cost.bytes += (work.bytes as f64 / work.pages as f64 - cost.bytes) * weight;
         }
         if seen.plan.uses_cache() && pages > 0.0 {
             if self.warm_up > 0 {

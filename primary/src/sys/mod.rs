@@ -1,11 +1,12 @@
-//! The only unsafe code of this crate: a packet socket, and what the micro-VM needs of KVM and of memory that a guest
-//! writes to.
+//! The only unsafe code of this crate: a packet socket, what the allocator keeps, and what the micro-VM needs of KVM and
+//! of memory that a guest writes to.
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
 mod dirty_ring;
 #[cfg(target_arch = "x86_64")]
 mod guest_memory;
+mod heap;
 #[cfg(target_arch = "x86_64")]
 mod kvm;
 mod packet;
@@ -16,6 +17,7 @@ mod program;
 pub(crate) use dirty_ring::DirtyRing;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use guest_memory::GuestMemory;
+pub(crate) use heap::keep_freed_memory;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use kvm::{Slots, load_xsave};
 pub(crate) use packet::{frames_of, watched};

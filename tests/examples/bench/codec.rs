@@ -9,7 +9,7 @@ use understudy_proto::units::{PAGE_BYTES, PageData};
 use xbzrle::{Backend, MAX_ENCODED_BYTES, Outcome};
 
 use crate::Report;
-use crate::trace::{Maker, Trace};
+use crate::trace::{Epochs, Maker, Trace};
 
 #[path = "../../../proto/xbzrle/tests/common/mod.rs"]
 #[allow(dead_code, clippy::unwrap_used, reason = "only its encoder is measured; it is a test's")]

@@ -6,8 +6,12 @@ mod guest;
 mod autopilot;
 mod captured;
 mod codec;
+mod governor;
 mod memory;
 mod pause;
+mod plot;
+mod record;
+mod recorded;
 mod report;
 mod slowdown;
 mod stock;
@@ -76,17 +80,37 @@ enum Bench {
         #[arg(long, default_value_t = 15)]
         rounds: usize,
     },
-    /// Bytes of generated epochs on the wire, by plan
+    /// Bytes of recorded and generated epochs on the wire, by plan
     Wire {
-        /// Epochs of each trace
+        /// Epochs of each generated trace
         #[arg(long, default_value_t = 60)]
         epochs: u64,
+        /// Recorded traces
+        #[arg(long, default_value = "tests/traces")]
+        traces: PathBuf,
+    },
+    /// Records a trace of a guest; `cargo xtask record` calls it
+    Record(record::Order),
+    /// What the governor makes of a link, beside the same epochs raw
+    Governor {
+        /// Epochs of each trace and link
+        #[arg(long, default_value_t = 150)]
+        epochs: usize,
     },
     /// Memory of encoder and image beyond what they must have
     Memory {
         /// Memory of the guest
         #[arg(long, default_value_t = 512)]
         mib: u64,
+    },
+    /// Plots what benches have written: an SVG for each file
+    Plot {
+        /// Written by `--json`
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Where the plots go
+        #[arg(long, default_value = "docs/plots")]
+        into: PathBuf,
     },
 }
 
@@ -99,8 +123,11 @@ fn main() -> anyhow::Result<()> {
         Bench::Slowdown { seconds, pages, mib } => slowdown::run(seconds, pages, mib)?,
         Bench::Autopilot { seconds, pages, mib } => autopilot::run(seconds, &pages, mib)?,
         Bench::Codec { rounds } => codec::run(rounds),
-        Bench::Wire { epochs } => wire::run(epochs)?,
+        Bench::Wire { epochs, traces } => wire::run(epochs, &traces)?,
+        Bench::Record(order) => return record::run(&order),
+        Bench::Governor { epochs } => governor::run(epochs)?,
         Bench::Memory { mib } => memory::run(mib)?,
+        Bench::Plot { files, into } => return files.iter().try_for_each(|file| plot::run(file, &into)),
     };
     report.write(json.as_ref())?;
     Ok(())

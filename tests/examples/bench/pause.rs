@@ -46,8 +46,10 @@ pub(crate) fn run(rounds: usize, pages: &[usize], mib: usize, with_stock: bool) 
         let median = report.row(&name, "understudy", "ms", stops);
         let alone = report.row(&name, "floor: QEMU, no reader", "ms", unread);
         floors.push((pages, alone));
-        let floor = report.row(&name, "floor: memcpy", "ms", memcpy(pages, rounds));
-        report.row(&name, "understudy / memcpy", "ratio", vec![median / floor.max(1e-6)]);
+        if pages > 0 {
+            let floor = report.row(&name, "floor: memcpy", "ms", memcpy(pages, rounds));
+            report.row(&name, "understudy / memcpy", "ratio", vec![median / floor.max(1e-6)]);
+        }
         medians.push((pages, median));
         if pages == 0 {
             report.at_most("stop of an idle guest, ms", 0.30, median);

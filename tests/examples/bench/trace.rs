@@ -5,6 +5,17 @@ use understudy_proto::units::{PAGE_BYTES, PageData};
 /// A page that is written, by its number.
 pub(crate) type Pages = Vec<(u64, Box<PageData>)>;
 
+/// Where epochs come from.
+pub(crate) trait Epochs {
+    fn guest_pages(&self) -> u64;
+
+    /// All of memory that matters, for a full copy.
+    fn all(&self) -> Pages;
+
+    /// The pages of the next epoch.
+    fn epoch(&mut self) -> Pages;
+}
+
 /// What a guest does to its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Trace {
@@ -86,9 +97,14 @@ impl Maker {
             .collect();
         Self { trace, memory, random, epoch: 0 }
     }
+}
 
-    /// The pages of the next epoch.
-    pub(crate) fn epoch(&mut self) -> Pages {
+impl Epochs for Maker {
+    fn guest_pages(&self) -> u64 {
+        GUEST_PAGES
+    }
+
+    fn epoch(&mut self) -> Pages {
         self.epoch += 1;
         let numbers: Vec<usize> = match self.trace {
             Trace::Idle => (0..60).map(|i| i * 7).collect(),
@@ -115,8 +131,7 @@ impl Maker {
         pages
     }
 
-    /// All of memory, for a full copy.
-    pub(crate) fn all(&self) -> Pages {
+    fn all(&self) -> Pages {
         (0u64..).zip(&self.memory).map(|(number, page)| (number, page.clone())).collect()
     }
 }

@@ -1,8 +1,10 @@
-//! Bytes of generated epochs on the wire, by plan of the governor, and what encoding and decoding a page takes.
+//! Bytes of recorded and generated epochs on the wire, by plan of the governor, and what encoding and decoding a page takes.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use bytes::Bytes;
 use understudy_backup::image::{AnonymousMemory, Image};
 use understudy_primary::encode::Recoder;
@@ -17,29 +19,48 @@ use understudy_proto::rpc::epoch::Seed;
 use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageIndex};
 
 use crate::Report;
-use crate::trace::{GUEST_PAGES, Maker, Pages, Trace};
+use crate::recorded::Recorded;
+use crate::trace::{Epochs, Maker, Pages, Trace};
 
 /// Epochs before the measured ones: the cache fills.
 const WARM_UP: u64 = 10;
+/// The same of recorded ones, which are few.
+const RECORDED_WARM_UP: u64 = 4;
 const CODECS: CodecSet = CodecSet { xbzrle: true, lz4: true };
 
-pub(crate) fn run(epochs: u64) -> anyhow::Result<Report> {
+/// What is recorded, and the part of raw that it may take at most.
+const RECORDED: [(&str, Option<f64>); 5] = [
+    ("idle", Some(1.0 / 20.0)),
+    ("redis", Some(1.0 / 6.0)),
+    ("sqlite", Some(1.0 / 6.0)),
+    ("gcc", None),
+    ("gzip", None),
+];
+
+pub(crate) fn run(epochs: u64, traces: &Path) -> anyhow::Result<Report> {
     let mut report = Report::new("wire", format!("cargo xtask bench wire -- --epochs {epochs}"));
-    for trace in Trace::ALL {
-        let mut best = f64::INFINITY;
-        for plan in Plan::ALL {
-            let measured = measure(trace, plan, epochs)?;
-            let subject = if plan == Plan::Raw { "raw" } else { plan.name() };
-            let size = report.row(trace.name(), subject, "of raw", measured.size);
-            report.row(trace.name(), subject, "us to encode a page", measured.encode_us);
-            report.row(trace.name(), subject, "us to apply a page", measured.apply_us);
-            best = best.min(size);
+    for (name, goal) in RECORDED {
+        let file = traces.join(format!("{name}.trace.gz"));
+        if !file.is_file() {
+            println!("{name}: not recorded, {} is missing", file.display());
+            continue;
         }
+        let trace = Recorded::read(&file)?;
+        let count = trace.epochs.len() as u64 - RECORDED_WARM_UP;
+        let name = format!("{name}, recorded");
+        let best = plans(&mut report, &name, RECORDED_WARM_UP, count, &|| Box::new(trace.clone()))?;
+        if let Some(goal) = goal {
+            report.at_most(&format!("{name}, part of raw"), goal, best);
+        }
+    }
+    for trace in Trace::ALL {
+        let maker = || -> Box<dyn Epochs> { Box::new(Maker::new(trace, 0x5eed)) };
+        let best = plans(&mut report, trace.name(), WARM_UP, epochs, &maker)?;
         match trace {
             Trace::Idle => report.at_most("idle, part of raw", 1.0 / 20.0, best),
             Trace::Database => report.at_most("database, part of raw", 1.0 / 6.0, best),
             Trace::Random => {
-                let worst = measure(trace, Plan::DeltaBatch, epochs)?.size;
+                let worst = measure(&mut *maker(), Plan::DeltaBatch, WARM_UP, epochs)?.size;
                 report.at_most("random, part of raw", 1.01, worst.into_iter().fold(0.0, f64::max));
             }
             Trace::Updates | Trace::Zeros => {}
@@ -48,24 +69,46 @@ pub(crate) fn run(epochs: u64) -> anyhow::Result<Report> {
     Ok(report)
 }
 
+/// Every plan over the same epochs; gives the least part of raw that all of them together took.
+fn plans(
+    report: &mut Report,
+    name: &str,
+    warm_up: u64,
+    epochs: u64,
+    source: &dyn Fn() -> Box<dyn Epochs>,
+) -> anyhow::Result<f64> {
+    let mut best = f64::INFINITY;
+    for plan in Plan::ALL {
+        let measured = measure(&mut *source(), plan, warm_up, epochs)
+            .with_context(|| format!("{name} by {}", plan.name()))?;
+        let subject = if plan == Plan::Raw { "raw" } else { plan.name() };
+        best = best.min(measured.bytes as f64 / measured.raw_bytes.max(1) as f64);
+        report.row(name, subject, "of raw", measured.size);
+        report.row(name, subject, "us to encode a page", measured.encode_us);
+        report.row(name, subject, "us to apply a page", measured.apply_us);
+    }
+    Ok(best)
+}
+
 #[derive(Default)]
 struct Measured {
     size: Vec<f64>,
+    bytes: u64,
+    raw_bytes: u64,
     encode_us: Vec<f64>,
     apply_us: Vec<f64>,
 }
 
-fn measure(trace: Trace, plan: Plan, epochs: u64) -> anyhow::Result<Measured> {
-    let block = RamBlock { name: "pc.ram".into(), used_bytes: GUEST_PAGES * PAGE_BYTES as u64 };
+fn measure(maker: &mut dyn Epochs, plan: Plan, warm_up: u64, epochs: u64) -> anyhow::Result<Measured> {
+    let block = RamBlock { name: "pc.ram".into(), used_bytes: maker.guest_pages() * PAGE_BYTES as u64 };
     let layout = MemoryLayout::new(vec![block], vec![], 2)?;
     let seed = Arc::new(Seed { layout: layout.clone(), domain_xml: String::new() });
     let mut image = Image::new(seed, &AnonymousMemory)?;
     let mut recoder = Recoder::new(Governor::fixed(plan), 128 << 20, Arc::default(), Arc::default());
     recoder.layout(&layout);
-    let mut maker = Maker::new(trace, 0x5eed);
     let mut reader = FrameReader::new();
     let mut measured = Measured::default();
-    for number in 0..WARM_UP + epochs {
+    for number in 0..warm_up + epochs {
         let (kind, pages) = match number {
             0 => (EpochKind::Full, maker.all()),
             _ => (EpochKind::Delta, maker.epoch()),
@@ -89,11 +132,11 @@ fn measure(trace: Trace, plan: Plan, epochs: u64) -> anyhow::Result<Measured> {
             pages.iter().all(|(page, content)| {
                 image.page(BlockIndex(0), PageIndex::new(*page)) == Some(&**content)
             }),
-            "{} by {}: epoch {number} is not what it was",
-            trace.name(),
-            plan.name()
+            "epoch {number} is not what it was"
         );
-        if number >= WARM_UP {
+        if number >= warm_up && !pages.is_empty() {
+            measured.bytes += totals.frame_bytes;
+            measured.raw_bytes += raw_bytes;
             let each = |time: Duration| time.as_secs_f64() * 1e6 / pages.len() as f64;
             measured.size.push(totals.frame_bytes as f64 / raw_bytes as f64);
             measured.encode_us.push(each(encoded));
@@ -103,7 +146,7 @@ fn measure(trace: Trace, plan: Plan, epochs: u64) -> anyhow::Result<Measured> {
     Ok(measured)
 }
 
-fn captured(pages: &Pages) -> (Vec<Bytes>, understudy_proto::frame::FrameTotals) {
+pub(crate) fn captured(pages: &Pages) -> (Vec<Bytes>, understudy_proto::frame::FrameTotals) {
     let mut builder = FrameBuilder::new();
     let frame =
         |(page, content): &(u64, Box<_>)| builder.push(BlockIndex(0), PageIndex::new(*page), Some(content));

@@ -50,7 +50,7 @@ pub(crate) fn build(cache: &Path, kernel: &Kernel, recipe: &Recipe<'_>) -> Resul
     Ok(image)
 }
 
-fn compress(archive: &[u8], to: &Path) -> Result<()> {
+pub(crate) fn compress(archive: &[u8], to: &Path) -> Result<()> {
     let out = fs::File::create(to).with_context(|| format!("cannot write {}", to.display()))?;
     let mut gzip = Command::new("gzip").args(["-1", "-n"]).stdin(Stdio::piped()).stdout(out).spawn()?;
     let mut input = gzip.stdin.take().context("gzip has no input")?;

@@ -100,6 +100,21 @@ fn usual() -> World {
     }
 }
 
+#[test]
+fn a_plan_that_does_not_pay_is_left_after_a_few_epochs() {
+    // Pages without any pattern, on a link that encoding cannot keep up with.
+    let mut world = World { link_bytes_per_second: 2.5e9, noise: 0.0, ..usual() };
+    world.costs.iter_mut().flatten().for_each(|cost| cost.bytes = RECORD);
+    let mut governor = Governor::new();
+    let mut tried = 0;
+    for _ in 0..100 {
+        let seen = world.epoch(governor.plan());
+        governor.step(&seen, BOTH);
+        tried += u32::from(governor.plan() != Plan::Raw);
+    }
+    assert!((1..=6).contains(&tried), "{tried} epochs");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 

@@ -1,0 +1,238 @@
+//! What the governor makes of a link: epochs through the recoder it steers, over loopback with and without a limit, beside the same
+//! epochs raw. Frames are encoded, sent and applied at once, as between two agents; both kinds take turns, so that a busy machine
+//! slows both alike.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use understudy_backup::image::{AnonymousMemory, Image};
+use understudy_primary::encode::governor::{Governor, Plan};
+use understudy_primary::encode::{LinkMeter, Recoder, SharedCounters};
+use understudy_proto::ProtocolError;
+use understudy_proto::codec::CodecSet;
+use understudy_proto::epoch::EpochKind;
+use understudy_proto::frame::FrameReader;
+use understudy_proto::ids::{EpochId, Generation};
+use understudy_proto::layout::{MemoryLayout, RamBlock};
+use understudy_proto::rpc::epoch::Seed;
+use understudy_proto::units::PAGE_BYTES;
+
+use crate::trace::{Epochs, GUEST_PAGES, Maker, Pages, Trace};
+use crate::wire::captured;
+use crate::{Report, ms};
+
+/// 1 Gbit/s.
+const LIMIT: f64 = 125e6;
+/// What the relay lets through at once.
+const PIECE: usize = 64 << 10;
+/// Frames between encoder and link, as in the agent.
+const FRAMES: usize = 8;
+/// Epochs in which the governor gets to know the link and the pages.
+const LEARNING: usize = 40;
+const CACHE_BYTES: usize = 128 << 20;
+
+pub(crate) fn run(epochs: usize) -> anyhow::Result<Report> {
+    let mut report = Report::new("governor", format!("cargo xtask bench governor -- --epochs {epochs}"));
+    let mut worst = 0.0f64;
+    for trace in Trace::ALL {
+        let name = format!("{}, no limit", trace.name());
+        let (raw, auto) = both(&mut report, &name, &measure(trace, None, LEARNING + epochs)?);
+        worst = worst.max(auto / raw);
+    }
+    report.at_most("no limit, an epoch against raw, the worst trace", 1.05, worst);
+    for trace in [Trace::Database, Trace::Random] {
+        let name = format!("{}, 1 Gbit/s", trace.name());
+        let (raw, auto) = both(&mut report, &name, &measure(trace, Some(LIMIT), LEARNING + epochs)?);
+        if trace == Trace::Database {
+            report.at_least("1 Gbit/s, database, epochs/s of raw's", 3.0, raw / auto);
+        } else {
+            report.at_most("1 Gbit/s, random, an epoch against raw", 1.05, auto / raw);
+        }
+    }
+    Ok(report)
+}
+
+/// The rows of both kinds; gives the means of what comes after the learning, as epochs of a trace are not all alike.
+fn both(report: &mut Report, name: &str, [raw, auto]: &[Measured; 2]) -> (f64, f64) {
+    let rows = |report: &mut Report, part: &dyn Fn(&Measured) -> Vec<f64>, when: &str| {
+        report.row(name, &format!("raw{when}"), "ms", part(raw));
+        report.row(name, &format!("understudy{when}"), "ms", part(auto));
+    };
+    rows(report, &|kind| kind.times.iter().take(LEARNING).copied().collect(), ", learning");
+    let settled = |kind: &Measured| kind.times.iter().skip(LEARNING).copied().collect::<Vec<_>>();
+    rows(report, &settled, "");
+    let means = (mean(settled(raw)), mean(settled(auto)));
+    report.row(name, "understudy / raw, mean", "ratio", vec![means.1 / means.0]);
+    report.row(name, "understudy, plan", "index", vec![f64::from(auto.plan)]);
+    means
+}
+
+/// Without the slowest of thirty: those are the scheduler's.
+fn mean(mut times: Vec<f64>) -> f64 {
+    times.sort_unstable_by(f64::total_cmp);
+    times.truncate(times.len() - times.len() / 30);
+    times.iter().sum::<f64>() / times.len().max(1) as f64
+}
+
+/// One kind of epochs.
+struct Measured {
+    /// Of every delta, in ms, from its first page to the answer.
+    times: Vec<f64>,
+    /// In use at the end; its place in [`Plan::ALL`].
+    plan: u8,
+}
+
+/// Raw ones, and those of the governor.
+fn measure(trace: Trace, limit: Option<f64>, epochs: usize) -> anyhow::Result<[Measured; 2]> {
+    let mut maker = Maker::new(trace, 0x5eed);
+    let mut ways = [Way::open(Governor::fixed(Plan::Raw), limit)?, Way::open(Governor::new(), limit)?];
+    let all = maker.all();
+    for way in &mut ways {
+        way.epoch(EpochKind::Full, &all)?;
+    }
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..epochs {
+        let pages = maker.epoch();
+        for (way, times) in ways.iter_mut().zip(&mut times) {
+            times.push(ms(way.epoch(EpochKind::Delta, &pages)?));
+        }
+    }
+    let [raw, auto] = times;
+    let [first, second] = ways.each_ref().map(Way::plan);
+    Ok([Measured { times: raw, plan: first }, Measured { times: auto, plan: second }])
+}
+
+/// From pages to an image on the other side.
+struct Way {
+    recoder: Recoder,
+    counters: SharedCounters,
+    epoch: u64,
+    frames: SyncSender<Option<Bytes>>,
+    answers: Receiver<()>,
+}
+
+impl Way {
+    fn open(governor: Governor, limit: Option<f64>) -> anyhow::Result<Self> {
+        let block = RamBlock { name: "pc.ram".into(), used_bytes: GUEST_PAGES * PAGE_BYTES as u64 };
+        let layout = MemoryLayout::new(vec![block], vec![], 2)?;
+        let (link, counters) = (Arc::<LinkMeter>::default(), SharedCounters::default());
+        let mut recoder = Recoder::new(governor, CACHE_BYTES, Arc::clone(&link), Arc::clone(&counters));
+        recoder.layout(&layout);
+        let (ours, theirs) = connection(limit)?;
+        std::thread::spawn(move || backup(theirs, layout));
+        let (frames, inbox) = sync_channel(FRAMES);
+        let (done, answers) = sync_channel(1);
+        std::thread::spawn(move || send(ours, &inbox, &link, &done));
+        Ok(Self { recoder, counters, epoch: 0, frames, answers })
+    }
+
+    fn epoch(&mut self, kind: EpochKind, pages: &Pages) -> anyhow::Result<Duration> {
+        let (raw, totals) = captured(pages);
+        self.epoch += 1;
+        let began = Instant::now();
+        let codecs = CodecSet { xbzrle: true, lz4: true };
+        self.recoder.begin(Generation(1), EpochId(self.epoch), kind, codecs, 1.0);
+        let mut ready = Vec::new();
+        for frame in raw {
+            self.recoder.frame(frame, &mut ready)?;
+            for frame in ready.drain(..) {
+                self.frames.send(Some(frame)).context("the link is gone")?;
+            }
+        }
+        let (last, _) = self.recoder.finish(totals);
+        for part in last.into_iter().map(Some).chain([None]) {
+            self.frames.send(part).context("the link is gone")?;
+        }
+        self.answers.recv().context("no answer")?;
+        Ok(began.elapsed())
+    }
+
+    fn plan(&self) -> u8 {
+        let name = self.counters.lock().map(|counters| counters.plan).unwrap_or_default();
+        (0..).zip(Plan::ALL).find(|(_, plan)| plan.name() == name).map_or(0, |(at, _)| at)
+    }
+}
+
+/// Sends frames behind their lengths and tells how long the link took; an epoch ends with a length of 0.
+fn send(mut socket: TcpStream, frames: &Receiver<Option<Bytes>>, link: &LinkMeter, done: &SyncSender<()>) {
+    let (mut bytes, mut busy) = (0, Duration::ZERO);
+    while let Ok(frame) = frames.recv() {
+        let began = Instant::now();
+        let body = frame.as_deref().unwrap_or_default();
+        let head = u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes();
+        if socket.write_all(&head).and_then(|()| socket.write_all(body)).is_err() {
+            return;
+        }
+        bytes += body.len() as u64;
+        if frame.is_none() {
+            if socket.read_exact(&mut [0]).is_err() {
+                return;
+            }
+            link.set(std::mem::take(&mut bytes), std::mem::take(&mut busy) + began.elapsed());
+            if done.send(()).is_err() {
+                return;
+            }
+        } else {
+            busy += began.elapsed();
+        }
+    }
+}
+
+/// Applies what comes, and answers to each epoch.
+fn backup(mut socket: TcpStream, layout: MemoryLayout) -> anyhow::Result<()> {
+    let seed = Arc::new(Seed { layout: layout.clone(), domain_xml: String::new() });
+    let mut image = Image::new(seed, &AnonymousMemory)?;
+    let mut reader = FrameReader::new();
+    let mut frame = Vec::new();
+    loop {
+        let mut head = [0; 4];
+        socket.read_exact(&mut head)?;
+        frame.resize(usize::try_from(u32::from_le_bytes(head))?, 0);
+        if frame.is_empty() {
+            socket.write_all(&[1])?;
+            continue;
+        }
+        socket.read_exact(&mut frame)?;
+        let body = Bytes::copy_from_slice(&frame);
+        reader.read::<ProtocolError>(&body, &layout, |record| image.apply(&record))?;
+    }
+}
+
+/// Two ends of a connection over loopback; with a limit there is a relay between them.
+fn connection(limit: Option<f64>) -> anyhow::Result<(TcpStream, TcpStream)> {
+    let pair = || -> std::io::Result<(TcpStream, TcpStream)> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let ours = TcpStream::connect(listener.local_addr()?)?;
+        let (theirs, _) = listener.accept()?;
+        ours.set_nodelay(true)?;
+        theirs.set_nodelay(true)?;
+        Ok((ours, theirs))
+    };
+    let (ours, theirs) = pair()?;
+    let Some(rate) = limit else { return Ok((ours, theirs)) };
+    if rate <= 0.0 {
+        bail!("a link without any speed");
+    }
+    let (near, far) = (theirs, pair()?);
+    let (mut from, mut to) = (near.try_clone()?, far.0.try_clone()?);
+    std::thread::spawn(move || {
+        let (mut buffer, mut free) = (vec![0; PIECE], Instant::now());
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            let Some(piece) = buffer.get(..count) else { return };
+            free = free.max(Instant::now()) + Duration::from_secs_f64(count as f64 / rate);
+            std::thread::sleep(free.saturating_duration_since(Instant::now()));
+            if to.write_all(piece).is_err() {
+                return;
+            }
+        }
+    });
+    // Answers are small.
+    let (mut from, mut to) = (far.0, near);
+    std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+    Ok((ours, far.1))
+}
