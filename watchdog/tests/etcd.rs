@@ -1,4 +1,5 @@
 //! etcd as arbiter, against a real etcd server, by mutual TLS. Skipped where etcd is not installed.
+#![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
