@@ -359,9 +359,9 @@ impl Protocol {
             Owner::Pair { backup, .. }
                 if backup == self.me && self.image(generation).is_some() && !self.local.runs =>
             {
-                match self.role {
-                    Role::Standby | Role::Claiming => {}
-                    _ => self.role = Role::Standby,
+                // What ended here before is over: this host has become the backup of another.
+                if !matches!(self.role, Role::Standby | Role::Claiming) {
+                    (self.role, self.ended, self.seeded) = (Role::Standby, false, None);
                 }
             }
             Owner::Ended { .. } => {

@@ -97,3 +97,21 @@ fn a_claimed_guest_is_loaded_from_the_copy_that_is_there() {
     dog.step(image(life(2).map(|image| Image { generation: Generation(2), ..image })));
     assert_eq!(dog.step(claim()), []);
 }
+
+#[test]
+fn a_guest_that_ended_here_when_it_had_gone_elsewhere_is_taken_over_all_the_same() {
+    let mut dog = Protocol::new("a", Policies::default());
+    dog.step(Event::Local(Local { runs: true, image: None, generation: Some(Generation(1)) }));
+    dog.step(record(1, 1, pair("a", "b")));
+    // The arbiter is not heard: the other host has had the guest for long, and this one its copy.
+    let image = Image { incarnation: Incarnation(uuid::Uuid::from_u128(1)), generation: Generation(2) };
+    dog.step(Event::Local(Local { image: Some(image), ..Local::default() }));
+    dog.step(Event::GuestEnded);
+    dog.step(record(4, 2, pair("b", "a")));
+    assert_eq!(*dog.role(), Role::Standby);
+    let claims = dog.step(Event::Suspect);
+    assert!(
+        matches!(claims.as_slice(), [Command::Swap(new)] if matches!(&new.owner, Owner::Claim { by, .. } if by == "a")),
+        "{claims:?}"
+    );
+}
