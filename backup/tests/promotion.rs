@@ -173,6 +173,7 @@ async fn the_admin_socket_answers_what_this_agent_does() {
         insecure: true,
         ungated: false,
         goals: None,
+        policy: understudy_proto::policy::GuestPolicy::default(),
     };
     assert_eq!(admin.protect(protect).await.err().unwrap().code, "wrong-agent");
     let unprotect = UnprotectRequest { domain: "web".into() };

@@ -2,6 +2,7 @@
 
 use crate::ids::{EpochId, Generation, GuestId, Incarnation};
 use crate::pace::EpochGoals;
+use crate::policy::{GuestPolicy, GuestSettings};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ pub struct ProtectRequest {
     pub ungated: bool,
     /// Epochs have the length that fits these goals, beginning with `epoch`.
     pub goals: Option<EpochGoals>,
+    /// What differs from the watchdog's defaults.
+    pub policy: GuestPolicy,
 }
 
 /// One step of something that takes time.
@@ -85,6 +88,8 @@ pub struct SetRequest {
     pub epoch: Option<Duration>,
     /// The length is to be found for these goals; without them `epoch` stays fixed.
     pub goals: Option<EpochGoals>,
+    /// Takes the place of what was chosen before.
+    pub policy: Option<GuestPolicy>,
 }
 
 /// Answer to it.
@@ -233,6 +238,8 @@ pub struct GuestStatus {
     pub encoding: Option<EncodingReport>,
     /// Why epochs are as long as they are; empty where their length is fixed or not known.
     pub pace: String,
+    /// How it is protected, if by this agent.
+    pub settings: Option<GuestSettings>,
 }
 
 impl GuestStatus {
@@ -266,6 +273,7 @@ impl GuestStatus {
             output_dropped_total: None,
             encoding: None,
             pace: String::new(),
+            settings: None,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tracing::{error, warn};
 use understudy_proto::ids::GuestId;
+use understudy_proto::policy::GuestSettings;
 
 use super::Answer;
 use crate::arbiter::{Arbiter, FenceCommand};
@@ -46,10 +47,10 @@ impl Hands {
         }
     }
 
-    pub(super) fn protect(&self, to: String) {
+    pub(super) fn protect(&self, to: String, as_before: Option<GuestSettings>) {
         let Self { guest, host, outbox, .. } = self.clone();
         tokio::spawn(async move {
-            let result = host.protect(guest, &to).await;
+            let result = host.protect(guest, &to, as_before).await;
             // The keeper has ended if nobody takes it.
             let _ = outbox.send(Answer::Protected(guest, to, result)).await;
         });

@@ -9,6 +9,7 @@ use tokio_stream::StreamExt;
 use tracing::{debug, info, warn};
 use understudy_libvirt::Connection;
 use understudy_proto::ids::{EpochId, Generation, GuestId};
+use understudy_proto::policy::GuestSettings;
 use understudy_proto::rpc::admin::{
     ConfirmRequest, FailoverReport, FailoverRequest, GuestState, GuestStatus, LOADED, ProtectRequest,
     StatusRequest, UnprotectRequest,
@@ -53,6 +54,8 @@ pub struct Seen {
     pub promotion: Option<FailoverReport>,
     /// Bytes of its output that wait here.
     pub held_bytes: Option<u64>,
+    /// How it is protected from here, if it is.
+    pub settings: Option<GuestSettings>,
 }
 
 /// Whether an instance of the guest is on a host, as libvirt says.
@@ -84,8 +87,14 @@ pub trait Host: Send + Sync {
     async fn look(&self, known: &[GuestId]) -> Vec<Seen>;
     /// Carries out what the protocol says (not what concerns the arbiter); gives what came of it, if that is an event.
     async fn carry_out(&self, guest: GuestId, command: Command) -> Option<Event>;
-    /// Protects a guest that runs here by the backup `to`; ends when it is protected, or cannot be.
-    async fn protect(&self, guest: GuestId, to: &str) -> Result<(), Failure>;
+    /// Protects a guest that runs here by the backup `to`, as it was protected before; ends when it is protected, or cannot
+    /// be.
+    async fn protect(
+        &self,
+        guest: GuestId,
+        to: &str,
+        as_before: Option<GuestSettings>,
+    ) -> Result<(), Failure>;
     /// Starts the guest from its image here: the other host is off for sure.
     async fn promote_fenced(&self, guest: GuestId) -> Result<(), Failure>;
     /// Has the guest stand still behind a committed epoch; gives the epoch.
@@ -237,6 +246,7 @@ impl AgentHost {
             over,
             promotion: backup.filter(|_| promoted.is_some()).and_then(|status| status.failover.clone()),
             held_bytes: primary.and_then(|status| status.output_waiting_bytes),
+            settings: primary.filter(|_| protecting).and_then(|status| status.settings.clone()),
         }
     }
 
@@ -367,11 +377,17 @@ impl Host for AgentHost {
         None
     }
 
-    async fn protect(&self, guest: GuestId, to: &str) -> Result<(), Failure> {
+    async fn protect(
+        &self,
+        guest: GuestId,
+        to: &str,
+        as_before: Option<GuestSettings>,
+    ) -> Result<(), Failure> {
         let mut agent = self.agent(transport::PRIMARY_SOCKET).await?;
-        let (domain, to) = (guest.to_string(), to.to_owned());
-        let request =
-            ProtectRequest { domain, to, epoch: None, insecure: self.insecure, ungated: false, goals: None };
+        let epoch = as_before.as_ref().map(|before| Duration::from_millis(before.epoch_ms.into()));
+        let GuestSettings { goals, ungated, policy, .. } = as_before.unwrap_or_default();
+        let (domain, to, insecure) = (guest.to_string(), to.to_owned(), self.insecure);
+        let request = ProtectRequest { domain, to, epoch, insecure, ungated, goals, policy };
         let follow = async {
             let mut steps = agent.protect(request).await?;
             while let Some(step) = steps.next().await {
