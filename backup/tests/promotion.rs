@@ -174,6 +174,7 @@ async fn the_admin_socket_answers_what_this_agent_does() {
         ungated: false,
         goals: None,
         term: None,
+        policy: understudy_proto::policy::GuestPolicy::default(),
     };
     assert_eq!(admin.protect(protect).await.err().unwrap().code, "wrong-agent");
     let unprotect = UnprotectRequest { domain: "web".into(), term: None };

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 use understudy_proto::pace::EpochGoals;
+use understudy_proto::policy::{GuestPolicy, LostBackup, QemuCrash};
 use understudy_proto::rpc::transport;
 
 use understudy_responder::PORT as RESPONDER_PORT;
@@ -156,6 +157,54 @@ pub(crate) struct ProtectArgs {
     /// Let the guest's output through as it comes: after a failover clients may have seen what the guest never said.
     #[arg(long)]
     pub ungated: bool,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+}
+
+/// What watchdogs do with the guest on failures, where that is not what they were told for all.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct PolicyArgs {
+    /// When its backup is lost: hold its output until there is one again, or let it run unprotected.
+    #[arg(long, value_name = "hold|solo", value_parser = lost_backup)]
+    pub on_lost_backup: Option<LostBackup>,
+    /// When its QEMU hangs or dies and the host does not: let the backup take over, or leave it.
+    #[arg(long, value_name = "failover|leave", value_parser = qemu_crash)]
+    pub on_qemu_crash: Option<QemuCrash>,
+    /// Who protects it again after a failover; may be given several times, the first that can does.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub spare: Vec<String>,
+}
+
+impl PolicyArgs {
+    /// On top of what was chosen before.
+    pub(crate) fn over(&self, before: GuestPolicy) -> GuestPolicy {
+        GuestPolicy {
+            on_lost_backup: self.on_lost_backup.or(before.on_lost_backup),
+            on_qemu_crash: self.on_qemu_crash.or(before.on_qemu_crash),
+            spares: if self.spare.is_empty() { before.spares } else { self.spare.clone() },
+        }
+    }
+
+    /// Whether anything is chosen.
+    pub(crate) fn is_given(&self) -> bool {
+        self.over(GuestPolicy::default()) != GuestPolicy::default()
+    }
+}
+
+fn lost_backup(text: &str) -> Result<LostBackup, String> {
+    chosen(&LostBackup::WORDS, text)
+}
+
+fn qemu_crash(text: &str) -> Result<QemuCrash, String> {
+    chosen(&QemuCrash::WORDS, text)
+}
+
+fn chosen<T: Copy>(words: &[(T, &str)], text: &str) -> Result<T, String> {
+    let found = words.iter().find(|(_, word)| *word == text).map(|(value, _)| *value);
+    found.ok_or_else(|| {
+        let words: Vec<&str> = words.iter().map(|(_, word)| *word).collect();
+        format!("give {}", words.join(" or "))
+    })
 }
 
 /// How long epochs are.
@@ -228,6 +277,8 @@ pub(crate) struct SetArgs {
     pub domain: String,
     #[command(flatten)]
     pub pace: PaceArgs,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -293,6 +344,31 @@ mod tests {
         );
         assert_eq!(p.pace.goals(), None);
         assert_eq!(args.run_dir, PathBuf::from("/run/understudy"));
+    }
+
+    #[test]
+    fn what_is_chosen_for_failures_is_laid_over_what_was() {
+        let policy = |more: &[&str]| {
+            let line = ["understudy", "set", "web"].iter().chain(more);
+            let Command::Set(set) = Args::try_parse_from(line).unwrap().command else { panic!("{more:?}") };
+            set.policy
+        };
+        assert!(!policy(&[]).is_given());
+        let before = GuestPolicy {
+            on_lost_backup: Some(LostBackup::Solo),
+            on_qemu_crash: None,
+            spares: vec!["c".into()],
+        };
+        let now = policy(&["--on-qemu-crash", "leave", "--spare", "d", "--spare", "e:9"]);
+        assert!(now.is_given());
+        let expected = GuestPolicy {
+            on_qemu_crash: Some(QemuCrash::Leave),
+            spares: vec!["d".into(), "e:9".into()],
+            ..before.clone()
+        };
+        assert_eq!(now.over(before), expected);
+        let wrong = Args::try_parse_from(["understudy", "set", "web", "--on-lost-backup", "wait"]);
+        assert!(wrong.unwrap_err().to_string().contains("hold or solo"));
     }
 
     #[test]

@@ -5,7 +5,10 @@ use crate::connect::Agents;
 pub(crate) use crate::connect::connect;
 use crate::progress::Display;
 use tokio_stream::StreamExt;
-use understudy_proto::rpc::admin::{FailoverRequest, Progress, ProtectRequest, SetRequest, UnprotectRequest};
+use understudy_proto::policy::GuestPolicy;
+use understudy_proto::rpc::admin::{
+    FailoverRequest, Progress, ProtectRequest, SetRequest, StatusRequest, UnprotectRequest,
+};
 use understudy_proto::rpc::{Failure, FailureKind, FallibleStream, transport};
 
 /// `understudy protect`.
@@ -19,6 +22,7 @@ pub(crate) async fn protect(agents: &Agents, args: &ProtectArgs) -> Result<(), F
         insecure: args.insecure,
         ungated: args.ungated,
         term: None,
+        policy: args.policy.over(GuestPolicy::default()),
     };
     follow(agent.protect(request).await?).await.map(drop)
 }
@@ -27,7 +31,14 @@ pub(crate) async fn protect(agents: &Agents, args: &ProtectArgs) -> Result<(), F
 pub(crate) async fn set(agents: &Agents, args: &SetArgs) -> Result<(), Failure> {
     let mut agent = connect(agents, transport::PRIMARY_SOCKET, "understudy-primary").await?;
     let (domain, epoch, goals) = (args.domain.clone(), args.pace.epoch(), args.pace.goals());
-    let reply = agent.set(SetRequest { domain, epoch, goals }).await?;
+    let policy = if args.policy.is_given() {
+        let known = agent.status(StatusRequest { domain: Some(domain.clone()) }).await?.guests;
+        let before = known.into_iter().find_map(|guest| guest.settings);
+        Some(args.policy.over(before.map(|settings| settings.policy).unwrap_or_default()))
+    } else {
+        None
+    };
+    let reply = agent.set(SetRequest { domain, epoch, goals, policy }).await?;
     println!("{}", reply.text);
     Ok(())
 }

@@ -82,9 +82,10 @@ impl AdminService for Admin {
 
     async fn set(&self, request: SetRequest) -> Result<SetReply, Failure> {
         let wrong = |code, reason: String| Failure::new(FailureKind::InvalidArgument, code, reason);
-        if request.epoch.is_none() && request.goals.is_none() {
+        let paced = request.epoch.is_some() || request.goals.is_some();
+        if !paced && request.policy.is_none() {
             return Err(wrong("nothing-to-set", "nothing is to be set".to_owned())
-                .with_remedy("give a length of epochs, or goals"));
+                .with_remedy("give a length of epochs, goals, or what is to be done on failures"));
         }
         let epoch =
             request.epoch.map(|epoch| config::epoch(u32::try_from(epoch.as_millis()).unwrap_or(u32::MAX)));
@@ -92,14 +93,19 @@ impl AdminService for Admin {
         let guest = self.agent.find(&request.domain).await?;
         // A guest that is just being protected is waited for, as by `protect`.
         let _one_at_a_time = self.agent.exclusive().await;
-        self.agent.set_pace(guest, epoch, request.goals).await?;
-        let text = match (request.goals, epoch) {
-            (None, Some(epoch)) => {
-                format!("{} has epochs of {} ms from now on", request.domain, epoch.as_millis())
-            }
-            _ => format!("{} has epochs whose length is found from now on", request.domain),
-        };
-        Ok(SetReply { text })
+        let mut done = Vec::new();
+        if let Some(policy) = request.policy {
+            self.agent.set_policy(guest, policy).await?;
+            done.push("the watchdogs do as was chosen for it".to_owned());
+        }
+        if paced {
+            self.agent.set_pace(guest, epoch, request.goals).await?;
+            done.push(match (request.goals, epoch) {
+                (None, Some(epoch)) => format!("it has epochs of {} ms", epoch.as_millis()),
+                _ => "it has epochs whose length is found".to_owned(),
+            });
+        }
+        Ok(SetReply { text: format!("{} from now on: {}", request.domain, done.join(", ")) })
     }
 
     async fn status(&self, request: StatusRequest) -> Result<StatusReply, Failure> {

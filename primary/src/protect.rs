@@ -84,6 +84,7 @@ pub async fn examine(
         generation,
         ungated: request.ungated,
         goals: request.goals,
+        policy: request.policy.clone(),
     };
     let plan = plan(agent, &wanted, facts, true)?;
     Ok((wanted, plan))

@@ -98,6 +98,7 @@ mod tests {
             generation: Generation(2),
             ungated: false,
             goals: None,
+            policy: understudy_proto::policy::GuestPolicy::default(),
         }]
     }
 

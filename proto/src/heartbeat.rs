@@ -15,22 +15,25 @@
 //! | 1 | flags: 1 the guest was ended by its operator; 2 the sender hands it over; 4 its QEMU died at the sender |
 //! | 1 | bytes of the host name |
 //! | n | host name of the sender, UTF-8 |
+//! | 2 | bytes of the guest's settings; 0 where the guest does not run |
+//! | n | how it is protected ([`crate::policy::GuestSettings`]) |
 //! | 4 | CRC-32 of everything before |
 //!
-//! Numbers are little-endian. A heartbeat proves nothing to the arbiter: a forged one can delay a failover, never cause
-//! two owners.
+//! Numbers are little-endian. On the wire it is sealed ([`crate::sealed`]). It proves nothing to the arbiter: whoever has
+//! the key can delay a failover, or have one done that nobody needs, never cause two owners.
 
 use std::time::Duration;
 
 use crate::ProtocolError;
 use crate::ids::{EpochId, Generation, GuestId, Incarnation};
 use crate::ownership::{MAX_HOST_BYTES, Term};
+use crate::policy::{GuestSettings, MAX_SETTINGS_BYTES};
 
 /// Bytes of the longest heartbeat; fits any path.
-pub const MAX_BYTES: usize = FIXED_BYTES + MAX_HOST_BYTES + CRC_BYTES;
+pub const MAX_BYTES: usize = FIXED_BYTES + MAX_HOST_BYTES + 2 + MAX_SETTINGS_BYTES + CRC_BYTES;
 
 const MAGIC: &[u8; 8] = b"UNDSTHBT";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const FIXED_BYTES: usize = 8 + 4 + 16 + 5 * 8 + 4 + 16 + 1 + 1;
 const CRC_BYTES: usize = 4;
 const NO_QEMU: u32 = u32::MAX;
@@ -65,6 +68,8 @@ pub struct Heartbeat {
     pub yields: bool,
     /// Its QEMU at the sender has died and nobody has ended the guest.
     pub crashed: bool,
+    /// How it is protected, if it is and runs at the sender.
+    pub settings: Option<GuestSettings>,
 }
 
 impl Heartbeat {
@@ -77,7 +82,9 @@ impl Heartbeat {
         let age = self
             .qemu_age
             .map_or(NO_QEMU, |age| u32::try_from(age.as_millis()).unwrap_or(NO_QEMU - 1).min(NO_QEMU - 1));
-        let mut bytes = Vec::with_capacity(FIXED_BYTES + self.host.len() + CRC_BYTES);
+        let settings = self.settings.as_ref().map_or(Ok(Vec::new()), GuestSettings::encode)?;
+        let len = FIXED_BYTES + self.host.len() + 2 + settings.len() + CRC_BYTES;
+        let mut bytes = Vec::with_capacity(len);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(self.guest.0.as_bytes());
@@ -90,6 +97,8 @@ impl Heartbeat {
         bytes.push(flags.iter().map(|(set, flag)| u8::from(*set) * flag).sum());
         bytes.push(u8::try_from(self.host.len()).unwrap_or(u8::MAX));
         bytes.extend_from_slice(self.host.as_bytes());
+        bytes.extend_from_slice(&u16::try_from(settings.len()).unwrap_or(u16::MAX).to_le_bytes());
+        bytes.extend_from_slice(&settings);
         bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
         Ok(bytes)
     }
@@ -120,16 +129,19 @@ impl Heartbeat {
         if flags & !(ENDED | YIELDS | CRASHED) != 0 {
             return Err(invalid(format!("has the flags {flags:#x}")));
         }
-        let expected = FIXED_BYTES + usize::from(len) + CRC_BYTES;
-        if bytes.len() != expected {
-            return Err(invalid(format!("has {} bytes, expected {expected}", bytes.len())));
+        let host = rest.slice(usize::from(len))?;
+        let settings = u16::from_le_bytes(rest.take()?);
+        let settings = rest.slice(usize::from(settings))?;
+        let crc: [u8; CRC_BYTES] = rest.take()?;
+        if !rest.0.is_empty() {
+            return Err(invalid(format!("has {} bytes too many", rest.0.len())));
         }
-        let (host, crc) = rest.0.split_at(usize::from(len));
         let checked = &bytes[..bytes.len() - CRC_BYTES];
         if crc != crc32fast::hash(checked).to_le_bytes() {
             return Err(invalid("is damaged".into()));
         }
         let host = std::str::from_utf8(host).map_err(|error| invalid(error.to_string()))?.to_owned();
+        let settings = if settings.is_empty() { None } else { Some(GuestSettings::decode(settings)?) };
         Ok(Self {
             guest,
             host,
@@ -143,13 +155,23 @@ impl Heartbeat {
             ended: flags & ENDED != 0,
             yields: flags & YIELDS != 0,
             crashed: flags & CRASHED != 0,
+            settings,
         })
     }
 }
 
 struct Reader<'a>(&'a [u8]);
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    fn slice(&mut self, len: usize) -> Result<&'a [u8], ProtocolError> {
+        let (taken, rest) = self
+            .0
+            .split_at_checked(len)
+            .ok_or_else(|| ProtocolError::invalid("heartbeat", "it is too short"))?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
     fn take<const N: usize>(&mut self) -> Result<[u8; N], ProtocolError> {
         let (taken, rest) = self
             .0
@@ -178,6 +200,7 @@ mod tests {
             ended: true,
             yields: false,
             crashed: true,
+            settings: Some(GuestSettings { epoch_ms: 25, ungated: true, ..GuestSettings::default() }),
         }
     }
 
@@ -195,6 +218,8 @@ mod tests {
             let sent = Heartbeat { ended, yields, crashed, ..heartbeat() };
             assert_eq!(Heartbeat::decode(&sent.encode().unwrap()).unwrap(), sent);
         }
+        let without = Heartbeat { settings: None, ..heartbeat() };
+        assert_eq!(Heartbeat::decode(&without.encode().unwrap()).unwrap(), without);
         // Never taken for "no QEMU".
         let old = Heartbeat { qemu_age: Some(Duration::MAX), ..heartbeat() };
         assert!(Heartbeat::decode(&old.encode().unwrap()).unwrap().qemu_age.is_some());

@@ -18,6 +18,7 @@ pub mod limits;
 pub mod negotiate;
 pub mod ownership;
 pub mod pace;
+pub mod policy;
 pub mod protected;
 pub mod qemu;
 #[cfg(feature = "rpc")]

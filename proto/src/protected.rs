@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{Generation, GuestId};
 use crate::pace::EpochGoals;
+use crate::policy::{GuestPolicy, GuestSettings};
 
 /// Name of the state file, in the state directory.
 pub const STATE_FILE: &str = "primary.state";
@@ -63,6 +64,17 @@ pub struct ProtectedGuest {
     /// Its epochs have the length that fits these goals.
     #[serde(default)]
     pub goals: Option<EpochGoals>,
+    /// What its operator has chosen for it.
+    #[serde(default)]
+    pub policy: GuestPolicy,
+}
+
+impl ProtectedGuest {
+    /// How it is protected.
+    pub fn settings(&self) -> GuestSettings {
+        let Self { epoch_ms, goals, ungated, policy, .. } = self.clone();
+        GuestSettings { epoch_ms, goals, ungated, policy }
+    }
 }
 
 fn yes() -> bool {
@@ -137,6 +149,7 @@ mod tests {
             generation: Generation(2),
             ungated: false,
             goals: Some(EpochGoals { slowdown_permille: Some(50), ..EpochGoals::default() }),
+            policy: GuestPolicy { spares: vec!["gamma".into()], ..GuestPolicy::default() },
         }]
     }
 

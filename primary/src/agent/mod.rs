@@ -18,6 +18,7 @@ use understudy_libvirt::{Connection, LibvirtError};
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::ownership::Term;
 use understudy_proto::pace::EpochGoals;
+use understudy_proto::policy::GuestPolicy;
 use understudy_proto::rpc::admin::GuestStatus;
 use understudy_proto::rpc::{Failure, FailureKind};
 
@@ -93,7 +94,7 @@ impl Entry {
     }
 
     fn status(&self) -> GuestStatus {
-        match &self.state {
+        let status = match &self.state {
             State::Owned(handle) => handle.snapshot.borrow().status(),
             State::Waiting { detail } => {
                 let mut status = guest::waiting_status(
@@ -105,7 +106,8 @@ impl Entry {
                 status.generation = self.wanted.generation;
                 status
             }
-        }
+        };
+        GuestStatus { settings: Some(self.wanted.settings()), ..status }
     }
 }
 
@@ -293,13 +295,6 @@ impl Agent {
         epoch: Option<Duration>,
         goals: Option<EpochGoals>,
     ) -> Result<(), Failure> {
-        let over = || {
-            Failure::new(
-                FailureKind::FailedPrecondition,
-                "not-protected",
-                "the guest is not protected by this host any more",
-            )
-        };
         let (wanted, wishes) = match self.lock().get(&guest) {
             Some(entry) if !entry.is_over() => {
                 let ms = |epoch: Duration| u32::try_from(epoch.as_millis()).unwrap_or(u32::MAX);
@@ -321,6 +316,22 @@ impl Agent {
             Some(wishes) => wishes.send(Wish::Pace(epoch, goals)).await.map_err(|_| over()),
             None => Ok(()),
         }
+    }
+
+    /// Changes what an operator has chosen for a protected guest, also for after a restart. The watchdogs follow its status.
+    ///
+    /// # Errors
+    /// As [`Self::set_pace`].
+    pub async fn set_policy(&self, guest: GuestId, policy: GuestPolicy) -> Result<(), Failure> {
+        let wanted = match self.lock().get(&guest) {
+            Some(entry) if !entry.is_over() => ProtectedGuest { policy, ..entry.wanted.clone() },
+            _ => return Err(over()),
+        };
+        self.remember(Some(&wanted), guest).await?;
+        if let Some(entry) = self.lock().get_mut(&guest) {
+            entry.wanted.policy = wanted.policy;
+        }
+        Ok(())
     }
 
     /// Takes an order about the guest that was given under this term; `None`: by an operator.
@@ -416,4 +427,8 @@ impl Agent {
     pub fn remembered(&self) -> Result<Vec<ProtectedGuest>, StateFileError> {
         self.state_file.read()
     }
+}
+fn over() -> Failure {
+    let reason = "the guest is not protected by this host any more";
+    Failure::new(FailureKind::FailedPrecondition, "not-protected", reason)
 }

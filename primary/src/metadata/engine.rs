@@ -14,7 +14,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use understudy_hook::metadata::{Command as Order, Epoch, Protect, State};
+use understudy_hook::metadata::{Command as Order, Epoch, Policy, Protect, State};
 use understudy_proto::ids::GuestId;
 
 use super::view::{Ended, Failed, Found, Protection, Report};
@@ -90,6 +90,8 @@ pub enum Command {
     Unprotect(GuestId),
     /// Give its epochs this length, as an operator would.
     Pace(GuestId, Epoch),
+    /// Choose this for its failures, as an operator would.
+    Policy(GuestId, Policy),
     /// Take the command out of the XML. What is to be done is done after that, so never twice.
     TakeOut(GuestId),
     /// Do a failover, as an operator would.
@@ -423,15 +425,22 @@ fn decide(guest: GuestId, domain: &mut Domain, now: Instant, out: &mut Vec<Comma
             if same {
                 return;
             }
-            let paced = domain.applied.as_ref().zip(domain.wanted()).and_then(|(applied, wanted)| {
-                let applied = Protect { epoch: wanted.epoch, ..applied.clone() };
-                wanted.same_protection(&applied).then_some((wanted.epoch?, applied))
+            // Only the length of the epochs, or what is done on failures: that needs no new full copy.
+            let changed = domain.applied.as_ref().zip(domain.wanted()).and_then(|(applied, wanted)| {
+                let (was, mut now) = (applied.clone(), applied.clone());
+                now.epoch = wanted.epoch.or(was.epoch);
+                now.policy = wanted.policy.clone().or(was.policy.clone());
+                wanted.same_protection(&now).then_some((was, now))
             });
-            match paced {
-                // Only the length of the epochs: that needs no new full copy.
-                Some((epoch, applied)) => {
-                    domain.applied = Some(applied);
-                    out.push(Command::Pace(guest, epoch));
+            match changed {
+                Some((was, now)) => {
+                    if let Some(epoch) = now.epoch.filter(|_| now.epoch != was.epoch) {
+                        out.push(Command::Pace(guest, epoch));
+                    }
+                    if let Some(policy) = now.policy.clone().filter(|_| now.policy != was.policy) {
+                        out.push(Command::Policy(guest, policy));
+                    }
+                    domain.applied = Some(now);
                 }
                 None => {
                     domain.phase = Phase::Ending;
@@ -469,7 +478,10 @@ impl SameProtection for Protect {
     fn same_protection(&self, other: &Self) -> bool {
         // An epoch that is left to the agent is right whatever it is.
         let epoch = self.epoch.is_none() || self.epoch == other.epoch;
-        (&self.backup, self.insecure, self.output) == (&other.backup, other.insecure, other.output) && epoch
+        let policy = self.policy.is_none() || self.policy == other.policy;
+        let same =
+            (&self.backup, self.insecure, self.output) == (&other.backup, other.insecure, other.output);
+        same && epoch && policy
     }
 }
 

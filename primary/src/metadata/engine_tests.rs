@@ -1,5 +1,5 @@
 use super::*;
-use understudy_hook::metadata::{Epoch, Output};
+use understudy_hook::metadata::{Epoch, Output, Policy};
 
 const GUEST: GuestId = GuestId(uuid::Uuid::from_u128(7));
 
@@ -28,6 +28,7 @@ fn active(backup: &str, value: &str) -> Protection {
         epoch: Epoch::Fixed(Duration::from_millis(100)),
         insecure: true,
         output: Output::Gated,
+        policy: Policy::default(),
         report: Report {
             value: value.into(),
             backup: backup.into(),
@@ -381,6 +382,23 @@ fn reports_are_few_and_the_last_one_counts() {
     bench.now += REPORT_INTERVAL;
     assert_eq!(reports(&mut bench, Event::Tick), 0);
     assert_eq!(reports(&mut bench, Event::ReportLost(GUEST)), 1, "a lost one is said again");
+}
+
+#[test]
+fn other_choices_for_failures_need_no_new_full_copy() {
+    let mut bench = Bench::protected();
+    let chosen = |more: &str| marked(&format!("enabled='yes' backup='beta' insecure='yes' {more}"));
+    let solo = Policy { on_lost_backup: Some("solo".to_owned()), ..Policy::default() };
+    assert_eq!(
+        bench.changed(found(Some(chosen("on-lost-backup='solo'")))),
+        [Command::Policy(GUEST, solo.clone())]
+    );
+    assert_eq!(bench.changed(found(Some(chosen("on-lost-backup='solo'")))), []);
+    let spares = Policy { spares: vec!["gamma".to_owned()], ..solo };
+    let both = [Command::Pace(GUEST, Epoch::Auto), Command::Policy(GUEST, spares)];
+    assert_eq!(bench.changed(found(Some(chosen("on-lost-backup='solo' spares='gamma' epoch='auto'")))), both);
+    // What is not said is left as it is.
+    assert_eq!(bench.changed(found(Some(on()))), []);
 }
 
 #[test]

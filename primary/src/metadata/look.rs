@@ -89,6 +89,7 @@ pub(super) fn protection(agent: &Agent, guest: GuestId) -> Protection {
             },
             insecure: wanted.insecure,
             output: if wanted.ungated { Output::Ungated } else { Output::Gated },
+            policy: super::policy::in_words(&wanted.policy),
             report: Report {
                 value: status.state.label().to_owned(),
                 backup: wanted.to,

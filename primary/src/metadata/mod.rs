@@ -6,6 +6,7 @@
 pub mod engine;
 mod hook;
 mod look;
+mod policy;
 mod view;
 mod watch;
 
@@ -116,6 +117,12 @@ impl Edge {
                     warn!(%guest, reason = failure.reason, "the length of its epochs is not changed");
                 }
             }
+            Command::Policy(guest, said) => {
+                info!(%guest, ?said, "other choices for failures, as the domain's XML says");
+                if let Err(failure) = self.agent.set_policy(guest, policy::of(&said)).await {
+                    warn!(%guest, reason = failure.reason, "what is done on failures is not changed");
+                }
+            }
             Command::Failover(guest) => {
                 let result = self.failover(guest).await;
                 info!(%guest, ?result, "failover, as the domain's XML says");
@@ -200,6 +207,7 @@ impl Edge {
             insecure: wanted.insecure,
             ungated: wanted.output == Output::Ungated,
             term: None,
+            policy: wanted.policy.as_ref().map(policy::of).unwrap_or_default(),
         };
         let _one_at_a_time = self.agent.exclusive().await;
         let (wanted, plan) = protect::examine(&self.agent, &request).await?;

@@ -1,6 +1,6 @@
 //! What the engine is told, in its own words.
 
-use understudy_hook::metadata::{Command, Epoch, Output, Protect, State};
+use understudy_hook::metadata::{Command, Epoch, Output, Policy, Protect, State};
 
 /// What a look at a domain has found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +41,8 @@ pub enum Protection {
         insecure: bool,
         /// Its output is let through as it comes.
         output: Output,
+        /// What was chosen for failures.
+        policy: Policy,
         /// What is worth telling.
         report: Report,
     },
@@ -56,7 +58,7 @@ impl Protection {
 
     /// The mark that would have asked for it.
     pub fn as_protect(&self) -> Option<Protect> {
-        let Self::Active { backup, epoch, insecure, output, .. } = self else { return None };
+        let Self::Active { backup, epoch, insecure, output, policy, .. } = self else { return None };
         Some(Protect {
             enabled: true,
             backup: backup.clone(),
@@ -64,6 +66,7 @@ impl Protection {
             required: false,
             insecure: *insecure,
             output: *output,
+            policy: Some(policy.clone()),
             disks: Vec::new(),
             nics: Vec::new(),
         })

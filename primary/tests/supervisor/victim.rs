@@ -294,5 +294,6 @@ fn guest() -> ProtectedGuest {
         generation: Generation(1),
         ungated: false,
         goals: None,
+        policy: understudy_proto::policy::GuestPolicy::default(),
     }
 }

@@ -22,6 +22,38 @@ pub struct ProtectRequest {
     /// A watchdog's order, see UnprotectRequest.
     #[prost(uint64, optional, tag = "51")]
     pub term: ::core::option::Option<u64>,
+    /// What differs from the watchdog's defaults. Absent: nothing.
+    #[prost(message, optional, tag = "110")]
+    pub policy: ::core::option::Option<GuestPolicy>,
+}
+/// What an operator has chosen for one guest.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestPolicy {
+    /// When the backup is lost: `hold` or `solo`. Empty: as the watchdog was told.
+    #[prost(string, tag = "1")]
+    pub on_lost_backup: ::prost::alloc::string::String,
+    /// When the guest's QEMU fails: `failover` or `leave`. Empty: as the watchdog was told.
+    #[prost(string, tag = "2")]
+    pub on_qemu_crash: ::prost::alloc::string::String,
+    /// Who may protect it again after a failover, HOST or HOST:PORT, in this order. None: as the watchdog was told.
+    #[prost(string, repeated, tag = "3")]
+    pub spares: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// How a guest is protected; what protects it again after a failover begins with it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GuestSettings {
+    /// Length of an epoch; with `goals` the first one.
+    #[prost(uint32, tag = "1")]
+    pub epoch_ms: u32,
+    /// Epochs have the length that fits these. Absent: it is fixed.
+    #[prost(message, optional, tag = "2")]
+    pub goals: ::core::option::Option<EpochGoals>,
+    /// Output is let through as it comes.
+    #[prost(bool, tag = "3")]
+    pub ungated: bool,
+    /// Absent: nothing differs from the watchdog's defaults.
+    #[prost(message, optional, tag = "4")]
+    pub policy: ::core::option::Option<GuestPolicy>,
 }
 /// What an operator wants of epochs whose length is found while they run; what is absent is no goal.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -56,6 +88,9 @@ pub struct SetRequest {
     /// From now on epochs have the length that fits these goals best.
     #[prost(message, optional, tag = "3")]
     pub goals: ::core::option::Option<EpochGoals>,
+    /// All of it takes the place of what was chosen before.
+    #[prost(message, optional, tag = "4")]
+    pub policy: ::core::option::Option<GuestPolicy>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SetReply {
@@ -225,6 +260,9 @@ pub struct GuestStatus {
     /// Why epochs are as long as they are, for people. Empty: their length is fixed, or not known by this agent.
     #[prost(string, tag = "100")]
     pub pace: ::prost::alloc::string::String,
+    /// How it is protected. Absent: not by this agent.
+    #[prost(message, optional, tag = "110")]
+    pub settings: ::core::option::Option<GuestSettings>,
 }
 /// How the pages of a guest are encoded; counts are since its protection began.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

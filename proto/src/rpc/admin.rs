@@ -3,6 +3,7 @@
 use crate::ids::{EpochId, Generation, GuestId, Incarnation};
 use crate::ownership::Term;
 use crate::pace::EpochGoals;
+use crate::policy::{GuestPolicy, GuestSettings};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ pub struct ProtectRequest {
     pub goals: Option<EpochGoals>,
     /// A watchdog's order: the record it is given under.
     pub term: Option<Term>,
+    /// What differs from the watchdog's defaults.
+    pub policy: GuestPolicy,
 }
 
 /// One step of something that takes time.
@@ -90,6 +93,8 @@ pub struct SetRequest {
     pub epoch: Option<Duration>,
     /// The length is to be found for these goals; without them `epoch` stays fixed.
     pub goals: Option<EpochGoals>,
+    /// Takes the place of what was chosen before.
+    pub policy: Option<GuestPolicy>,
 }
 
 /// Answer to it.
@@ -244,6 +249,8 @@ pub struct GuestStatus {
     pub encoding: Option<EncodingReport>,
     /// Why epochs are as long as they are; empty where their length is fixed or not known.
     pub pace: String,
+    /// How it is protected, if by this agent.
+    pub settings: Option<GuestSettings>,
 }
 
 impl GuestStatus {
@@ -278,6 +285,7 @@ impl GuestStatus {
             output_dropped_total: None,
             encoding: None,
             pace: String::new(),
+            settings: None,
         }
     }
 }

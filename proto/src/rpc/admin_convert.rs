@@ -6,6 +6,7 @@ use super::generated::admin as wire;
 use crate::ids::Incarnation;
 use crate::ownership::Term;
 use crate::pace::EpochGoals;
+use crate::policy::{self, GuestPolicy, GuestSettings, LostBackup, QemuCrash};
 use crate::{ProtocolError, limits};
 use std::time::Duration;
 
@@ -38,7 +39,55 @@ impl TryFrom<wire::ProtectRequest> for domain::ProtectRequest {
             ungated: m.ungated,
             goals: m.goals.map(TryInto::try_into).transpose()?,
             term: m.term.map(Term),
+            policy: m.policy.map(TryInto::try_into).transpose()?.unwrap_or_default(),
         })
+    }
+}
+
+impl TryFrom<wire::GuestPolicy> for GuestPolicy {
+    type Error = ProtocolError;
+
+    fn try_from(m: wire::GuestPolicy) -> Result<Self, ProtocolError> {
+        let policy = Self {
+            on_lost_backup: policy::valued("on-lost-backup", &LostBackup::WORDS, &m.on_lost_backup)?,
+            on_qemu_crash: policy::valued("on-qemu-crash", &QemuCrash::WORDS, &m.on_qemu_crash)?,
+            spares: m.spares,
+        };
+        policy.checked()
+    }
+}
+
+impl From<GuestPolicy> for wire::GuestPolicy {
+    fn from(m: GuestPolicy) -> Self {
+        Self {
+            on_lost_backup: policy::word(&LostBackup::WORDS, m.on_lost_backup).to_owned(),
+            on_qemu_crash: policy::word(&QemuCrash::WORDS, m.on_qemu_crash).to_owned(),
+            spares: m.spares,
+        }
+    }
+}
+
+impl TryFrom<wire::GuestSettings> for GuestSettings {
+    type Error = ProtocolError;
+
+    fn try_from(m: wire::GuestSettings) -> Result<Self, ProtocolError> {
+        Ok(Self {
+            epoch_ms: m.epoch_ms,
+            goals: m.goals.map(TryInto::try_into).transpose()?,
+            ungated: m.ungated,
+            policy: m.policy.map(TryInto::try_into).transpose()?.unwrap_or_default(),
+        })
+    }
+}
+
+impl From<GuestSettings> for wire::GuestSettings {
+    fn from(m: GuestSettings) -> Self {
+        Self {
+            epoch_ms: m.epoch_ms,
+            goals: m.goals.map(Into::into),
+            ungated: m.ungated,
+            policy: Some(m.policy.into()),
+        }
     }
 }
 
@@ -75,6 +124,7 @@ impl From<domain::ProtectRequest> for wire::ProtectRequest {
             ungated: m.ungated,
             goals: m.goals.map(Into::into),
             term: m.term.map(|term| term.0),
+            policy: Some(m.policy.into()),
         }
     }
 }
@@ -198,13 +248,19 @@ impl TryFrom<wire::SetRequest> for domain::SetRequest {
             domain: key(m.domain)?,
             epoch: m.epoch_ms.map(|ms| Duration::from_millis(ms.into())),
             goals: m.goals.map(TryInto::try_into).transpose()?,
+            policy: m.policy.map(TryInto::try_into).transpose()?,
         })
     }
 }
 
 impl From<domain::SetRequest> for wire::SetRequest {
     fn from(m: domain::SetRequest) -> Self {
-        Self { domain: m.domain, epoch_ms: m.epoch.map(millis), goals: m.goals.map(Into::into) }
+        Self {
+            domain: m.domain,
+            epoch_ms: m.epoch.map(millis),
+            goals: m.goals.map(Into::into),
+            policy: m.policy.map(Into::into),
+        }
     }
 }
 
@@ -311,6 +367,7 @@ impl TryFrom<wire::GuestStatus> for domain::GuestStatus {
             output_dropped_total: m.output_dropped_total,
             encoding: m.encoding.map(TryInto::try_into).transpose()?,
             pace: text("pace", m.pace)?,
+            settings: m.settings.map(TryInto::try_into).transpose()?,
         })
     }
 }
@@ -346,6 +403,7 @@ impl From<domain::GuestStatus> for wire::GuestStatus {
             output_dropped_total: m.output_dropped_total,
             encoding: m.encoding.map(Into::into),
             pace: shortened(m.pace),
+            settings: m.settings.map(Into::into),
         }
     }
 }

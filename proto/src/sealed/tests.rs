@@ -16,6 +16,7 @@ fn beat(number: u64) -> Heartbeat {
         ended: false,
         yields: false,
         crashed: false,
+        settings: None,
     }
 }
 

@@ -27,6 +27,7 @@ fn listed(guest: GuestId) -> ProtectedGuest {
         generation: Generation(1),
         ungated: false,
         goals: None,
+        policy: understudy_proto::policy::GuestPolicy::default(),
     }
 }
 

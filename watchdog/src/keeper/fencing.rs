@@ -11,7 +11,7 @@ use understudy_proto::ids::GuestId;
 
 use crate::arbiter::{FenceCommand, FenceOutcome};
 use crate::keeper::Host;
-use crate::owner::{Role, Suspicion};
+use crate::owner::{LostBackup, Role, Suspicion};
 
 /// How long the arbiter must have been silent: longer than one that is only being restarted.
 const ARBITER_SILENT: Duration = Duration::from_secs(5);
@@ -43,12 +43,16 @@ impl Fencing {
         &mut self,
         role: &Role,
         suspicion: Option<Suspicion>,
+        policy: LostBackup,
         now: Instant,
     ) -> Option<Arc<FenceCommand>> {
         let command = self.command.as_ref()?;
         let silent =
             self.silent_since.is_some_and(|since| now.saturating_duration_since(since) >= ARBITER_SILENT);
-        let wanted = *role == Role::Claiming && matches!(suspicion, Some(Suspicion::Silent(_))) && silent;
+        let wanted = policy == LostBackup::Hold
+            && *role == Role::Claiming
+            && matches!(suspicion, Some(Suspicion::Silent(_)))
+            && silent;
         if !wanted || self.again.is_some_and(|again| now < again) {
             return None;
         }
@@ -77,6 +81,8 @@ pub(super) async fn fence_and_promote(guest: GuestId, command: Arc<FenceCommand>
 mod tests {
     use super::*;
 
+    const HOLD: LostBackup = LostBackup::Hold;
+
     #[test]
     fn only_silence_of_both_is_a_reason() {
         let command = FenceCommand { program: "f".into(), options: vec![], timeout: Duration::from_secs(20) };
@@ -84,18 +90,20 @@ mod tests {
         let (start, silent) = (Instant::now(), Some(Suspicion::Silent(Duration::from_secs(2))));
         let at = |seconds| start + Duration::from_secs(seconds);
         fencing.arbiter(false, start);
-        assert!(fencing.due(&Role::Claiming, silent, at(4)).is_none(), "it may be being restarted");
+        assert!(fencing.due(&Role::Claiming, silent, HOLD, at(4)).is_none(), "it may be being restarted");
         assert!(
-            fencing.due(&Role::Claiming, Some(Suspicion::QemuCrashed), at(6)).is_none(),
+            fencing.due(&Role::Claiming, Some(Suspicion::QemuCrashed), HOLD, at(6)).is_none(),
             "its host lives"
         );
-        assert!(fencing.due(&Role::Protected, silent, at(6)).is_none(), "nothing is claimed");
-        assert!(fencing.due(&Role::Claiming, silent, at(6)).is_some());
-        assert!(fencing.due(&Role::Claiming, silent, at(7)).is_none(), "one at a time");
-        assert!(fencing.due(&Role::Claiming, silent, at(57)).is_some());
+        let alone = fencing.due(&Role::Claiming, silent, LostBackup::Solo, at(6));
+        assert!(alone.is_none(), "its primary may have gone on alone");
+        assert!(fencing.due(&Role::Protected, silent, HOLD, at(6)).is_none(), "nothing is claimed");
+        assert!(fencing.due(&Role::Claiming, silent, HOLD, at(6)).is_some());
+        assert!(fencing.due(&Role::Claiming, silent, HOLD, at(7)).is_none(), "one at a time");
+        assert!(fencing.due(&Role::Claiming, silent, HOLD, at(57)).is_some());
         fencing.arbiter(true, at(58));
         fencing.arbiter(false, at(120));
-        assert!(fencing.due(&Role::Claiming, silent, at(121)).is_none(), "it has answered meanwhile");
-        assert!(Fencing::new(None).due(&Role::Claiming, silent, at(200)).is_none());
+        assert!(fencing.due(&Role::Claiming, silent, HOLD, at(121)).is_none(), "it has answered meanwhile");
+        assert!(Fencing::new(None).due(&Role::Claiming, silent, HOLD, at(200)).is_none());
     }
 }

@@ -8,6 +8,7 @@ use tracing::{debug, error, info, warn};
 use understudy_proto::heartbeat::Heartbeat;
 use understudy_proto::ids::{EpochId, Generation, GuestId};
 use understudy_proto::ownership::Owner;
+use understudy_proto::policy::GuestSettings;
 use understudy_proto::rpc::Failure;
 
 use super::fencing::Fencing;
@@ -19,7 +20,7 @@ use super::reports::{Finished, Reports};
 use super::{Answer, Settings};
 use crate::arbiter::Arbiter;
 use crate::keeper::Host;
-use crate::owner::{Command, Engine, Event, Input, Output, QemuCrash, Role, Seeded, Takeover};
+use crate::owner::{Command, Engine, Event, Input, Output, Policies, QemuCrash, Role, Seeded, Takeover};
 
 /// A guest that runs alone and is not there for so long was ended.
 const GONE: Duration = Duration::from_secs(5);
@@ -39,7 +40,12 @@ pub(super) struct Kept {
     pub(super) handing: Handing,
     /// The host the guest was protected on first.
     pub(super) home: Option<String>,
-    policies: crate::owner::Policies,
+    /// Those of the watchdog.
+    defaults: Policies,
+    /// Those of the guest.
+    policies: Policies,
+    /// How the guest is protected, or was last.
+    settings: Option<GuestSettings>,
     fencing: Fencing,
     peer: Option<Heartbeat>,
     last: Option<Seen>,
@@ -67,14 +73,18 @@ impl Kept {
         outbox: mpsc::Sender<Answer>,
         now: Instant,
     ) -> Self {
+        let known = settings.reports.settings(guest);
+        let policies = known.as_ref().map_or(settings.policies, |known| settings.policies.of(&known.policy));
         Self {
             guest,
             name: String::new(),
-            engine: Engine::new(settings.host.clone(), settings.policies, settings.timing, now),
+            engine: Engine::new(settings.host.clone(), policies, settings.timing, now),
             hands: hands::start(guest, arbiter, host, outbox),
             handing: Handing::default(),
             home: settings.reports.home(guest),
-            policies: settings.policies,
+            defaults: settings.policies,
+            policies,
+            settings: known,
             fencing: Fencing::new(settings.fence.clone()),
             peer: None,
             last: None,
@@ -108,7 +118,7 @@ impl Kept {
     pub(super) fn arbiter(&mut self, answered: bool, now: Instant) {
         self.fencing.arbiter(answered, now);
         let (role, suspicion) = (self.engine.protocol().role(), self.engine.suspicion());
-        if let Some(command) = self.fencing.due(role, suspicion, now) {
+        if let Some(command) = self.fencing.due(role, suspicion, self.policies.lost_backup, now) {
             self.hands.fence(command);
         }
     }
@@ -143,6 +153,10 @@ impl Kept {
             .is_none_or(|peer| (peer.life, peer.number) < (heartbeat.life, heartbeat.number));
         if newer {
             self.peer = Some(heartbeat.clone());
+            // Who runs the guest knows; here an agent may still know what was once.
+            if let Some(said) = heartbeat.settings.as_ref().filter(|_| !self.protecting) {
+                self.settled(said);
+            }
         }
         self.step(Input::Heartbeat(heartbeat), now);
     }
@@ -162,6 +176,9 @@ impl Kept {
             seen.local.runs = true;
         }
         self.protecting = seen.protecting;
+        if let Some(said) = &seen.settings {
+            self.settled(said);
+        }
         let committed = before.as_ref().is_some_and(|before| before.epoch < seen.epoch);
         if committed {
             // Both agents have had to do with it.
@@ -190,6 +207,21 @@ impl Kept {
             && promised < term
         {
             self.hands.give(Command::HoldGate(term));
+        }
+    }
+
+    /// How the guest is protected.
+    fn settled(&mut self, said: &GuestSettings) {
+        if self.settings.as_ref() == Some(said) {
+            return;
+        }
+        self.settings = Some(said.clone());
+        self.reports.remember_settings(self.guest, said);
+        let policies = self.defaults.of(&said.policy);
+        if policies != self.policies {
+            info!(guest = %self.guest, ?policies, "the guest's own choices");
+            self.policies = policies;
+            self.engine.set_policies(policies);
         }
     }
 
@@ -237,9 +269,10 @@ impl Kept {
     fn renew(&mut self, seen: &Seen, now: Instant) {
         let alone = *self.engine.protocol().role() == Role::Solo;
         if alone && seen.local.runs && !seen.protecting && self.takeover.is_none() {
-            if let Some(to) = self.renewal.next(now) {
+            let own = self.settings.as_ref().map_or(&[][..], |settings| &settings.policy.spares);
+            if let Some(to) = self.renewal.next(own, now) {
                 debug!(guest = %self.guest, to, "to be protected again");
-                self.hands.protect(to, self.engine.protocol().term());
+                self.hands.protect(to, self.settings.clone(), self.engine.protocol().term());
             }
         } else {
             self.renewal.rest(now);
@@ -288,6 +321,7 @@ impl Kept {
             ended: *protocol.role() == Role::Ended || (over && !self.crashed),
             yields: self.handing.yields() && matches!(protocol.role(), Role::Protected | Role::Held),
             crashed: self.crashed,
+            settings: last.filter(|seen| seen.protecting).and_then(|seen| seen.settings.clone()),
         }
     }
 

@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 use tracing::{error, warn};
 use understudy_proto::ids::GuestId;
 use understudy_proto::ownership::Term;
+use understudy_proto::policy::GuestSettings;
 
 use super::Answer;
 use crate::arbiter::{Arbiter, FenceCommand};
@@ -54,10 +55,10 @@ impl Hands {
         }
     }
 
-    pub(super) fn protect(&self, to: String, term: Term) {
+    pub(super) fn protect(&self, to: String, as_before: Option<GuestSettings>, term: Term) {
         let Self { guest, host, outbox, .. } = self.clone();
         tokio::spawn(async move {
-            let result = host.protect(guest, &to, term).await;
+            let result = host.protect(guest, &to, as_before, term).await;
             // The keeper has ended if nobody takes it.
             let _ = outbox.send(Answer::Protected(guest, to, result)).await;
         });

@@ -10,6 +10,7 @@ use tracing::{debug, info, warn};
 use understudy_libvirt::Connection;
 use understudy_proto::ids::{EpochId, Generation, GuestId};
 use understudy_proto::ownership::Term;
+use understudy_proto::policy::GuestSettings;
 use understudy_proto::rpc::admin::{
     ConfirmRequest, FailoverReport, FailoverRequest, GuestState, GuestStatus, LOADED, ProtectRequest,
     StatusRequest, UnprotectRequest,
@@ -54,6 +55,8 @@ pub struct Seen {
     pub promotion: Option<FailoverReport>,
     /// Bytes of its output that wait here.
     pub held_bytes: Option<u64>,
+    /// How it is protected from here, if it is.
+    pub settings: Option<GuestSettings>,
 }
 
 /// Whether an instance of the guest is on a host, as libvirt says.
@@ -85,9 +88,15 @@ pub trait Host: Send + Sync {
     async fn look(&self, known: &[GuestId]) -> Vec<Seen>;
     /// Carries out what the protocol says (not what concerns the arbiter); gives what came of it, if that is an event.
     async fn carry_out(&self, guest: GuestId, command: Command) -> Option<Event>;
-    /// Protects a guest that runs here by the backup `to`; ends when it is protected, or cannot be.
-    /// The orders say the term of the record they are given under: what is of the past is refused.
-    async fn protect(&self, guest: GuestId, to: &str, term: Term) -> Result<(), Failure>;
+    /// Protects a guest that runs here by the backup `to`, as it was protected before; ends when it is protected, or cannot
+    /// be. The orders say the term of the record they are given under: what is of the past is refused.
+    async fn protect(
+        &self,
+        guest: GuestId,
+        to: &str,
+        as_before: Option<GuestSettings>,
+        term: Term,
+    ) -> Result<(), Failure>;
     /// Starts the guest from its image here: the other host is off for sure.
     async fn promote_fenced(&self, guest: GuestId) -> Result<(), Failure>;
     /// Has the guest stand still behind a committed epoch; gives the epoch.
@@ -240,6 +249,7 @@ impl AgentHost {
             over,
             promotion: backup.filter(|_| promoted.is_some()).and_then(|status| status.failover.clone()),
             held_bytes: primary.and_then(|status| status.output_waiting_bytes),
+            settings: primary.filter(|_| protecting).and_then(|status| status.settings.clone()),
         }
     }
 
@@ -378,17 +388,19 @@ impl Host for AgentHost {
         None
     }
 
-    async fn protect(&self, guest: GuestId, to: &str, term: Term) -> Result<(), Failure> {
+    async fn protect(
+        &self,
+        guest: GuestId,
+        to: &str,
+        as_before: Option<GuestSettings>,
+        term: Term,
+    ) -> Result<(), Failure> {
         let mut agent = self.agent(transport::PRIMARY_SOCKET).await?;
-        let request = ProtectRequest {
-            domain: guest.to_string(),
-            to: to.to_owned(),
-            epoch: None,
-            insecure: self.insecure,
-            ungated: false,
-            goals: None,
-            term: Some(term),
-        };
+        let epoch = as_before.as_ref().map(|before| Duration::from_millis(before.epoch_ms.into()));
+        let GuestSettings { goals, ungated, policy, .. } = as_before.unwrap_or_default();
+        let (domain, to, insecure) = (guest.to_string(), to.to_owned(), self.insecure);
+        let term = Some(term);
+        let request = ProtectRequest { domain, to, epoch, insecure, ungated, goals, policy, term };
         let follow = async {
             let mut steps = agent.protect(request).await?;
             while let Some(step) = steps.next().await {

@@ -12,6 +12,8 @@ const LONGEST: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub(super) struct Renewal {
     spares: Vec<String>,
+    /// How many there were when one was asked last.
+    asked: usize,
     /// `None`: nothing is to be renewed.
     at: Option<Instant>,
     attempts: u32,
@@ -22,18 +24,21 @@ pub(super) struct Renewal {
 impl Renewal {
     /// By one of `spares`, the first that can.
     pub(super) fn new(spares: Vec<String>) -> Self {
-        Self { spares, at: None, attempts: 0, under_way: false, said: String::new() }
+        Self { spares, asked: 0, at: None, attempts: 0, under_way: false, said: String::new() }
     }
 
-    /// The guest runs alone; gives the host to ask now.
-    pub(super) fn next(&mut self, now: Instant) -> Option<String> {
+    /// The guest runs alone; gives the host to ask now: one of its own spares, if it has some.
+    pub(super) fn next(&mut self, own: &[String], now: Instant) -> Option<String> {
         let at = *self.at.get_or_insert(now + FIRST);
-        if self.under_way || now < at || self.spares.is_empty() {
+        let spares = if own.is_empty() { self.spares.as_slice() } else { own };
+        // Without any of the watchdog's it is to be left alone, unless it says otherwise itself.
+        if self.under_way || now < at || spares.is_empty() {
             return None;
         }
         self.under_way = true;
-        let number = usize::try_from(self.attempts).unwrap_or_default() % self.spares.len();
-        self.spares.get(number).cloned()
+        self.asked = spares.len();
+        let number = usize::try_from(self.attempts).unwrap_or_default() % spares.len();
+        spares.get(number).cloned()
     }
 
     /// There is nothing to renew.
@@ -49,7 +54,7 @@ impl Renewal {
     pub(super) fn ended(&mut self, done: bool, now: Instant) {
         self.under_way = false;
         self.attempts = if done { 0 } else { self.attempts.saturating_add(1) };
-        let rounds = self.attempts / u32::try_from(self.spares.len().max(1)).unwrap_or(u32::MAX);
+        let rounds = self.attempts / u32::try_from(self.asked.max(1)).unwrap_or(u32::MAX);
         self.at = Some(now + FIRST.saturating_mul(1 << rounds.min(8)).min(LONGEST));
     }
 
@@ -70,15 +75,15 @@ mod tests {
         let mut renewal = Renewal::new(vec!["a".into(), "b".into()]);
         let mut now = Instant::now();
         let mut asked = Vec::new();
-        assert_eq!(renewal.next(now), None, "the other host is given a moment");
+        assert_eq!(renewal.next(&[], now), None, "the other host is given a moment");
         let mut waits = Vec::new();
         for _ in 0..6 {
             let since = now;
             while asked.len() == waits.len() {
                 now += Duration::from_millis(100);
-                asked.extend(renewal.next(now));
+                asked.extend(renewal.next(&[], now));
             }
-            assert_eq!(renewal.next(now + LONGEST), None);
+            assert_eq!(renewal.next(&[], now + LONGEST), None);
             waits.push((now - since).as_secs());
             renewal.ended(false, now);
         }
@@ -86,14 +91,28 @@ mod tests {
         assert_eq!(waits, [2, 2, 4, 4, 8, 8]);
         // A success, or no need, begins anew.
         renewal.rest(now);
-        assert_eq!(renewal.next(now), None);
-        assert_eq!(renewal.next(now + FIRST).as_deref(), Some("a"));
+        assert_eq!(renewal.next(&[], now), None);
+        assert_eq!(renewal.next(&[], now + FIRST).as_deref(), Some("a"));
+    }
+
+    #[test]
+    fn the_spares_of_the_guest_itself_are_asked_instead() {
+        let (own, now) = (["c".to_owned()], Instant::now());
+        let mut renewal = Renewal::new(vec!["a".into(), "b".into()]);
+        assert_eq!(renewal.next(&own, now), None);
+        for n in 1..4 {
+            assert_eq!(renewal.next(&own, now + LONGEST * n).as_deref(), Some("c"));
+            renewal.ended(false, now + LONGEST * n - FIRST * 8);
+        }
+        let mut none = Renewal::new(vec![]);
+        assert_eq!(none.next(&own, now), None);
+        assert_eq!(none.next(&own, now + FIRST).as_deref(), Some("c"));
     }
 
     #[test]
     fn without_spares_nobody_is_asked() {
         let mut renewal = Renewal::new(vec![]);
         let now = Instant::now();
-        assert_eq!((renewal.next(now), renewal.next(now + LONGEST)), (None, None));
+        assert_eq!((renewal.next(&[], now), renewal.next(&[], now + LONGEST)), (None, None));
     }
 }

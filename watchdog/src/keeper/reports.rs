@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tracing::{error, info};
 use understudy_proto::ids::{EpochId, GuestId};
 use understudy_proto::ownership::Ownership;
+use understudy_proto::policy::GuestSettings;
 use understudy_proto::rpc::admin::FailoverReport;
 
 use crate::owner::Takeover;
@@ -16,7 +17,10 @@ use crate::owner::Takeover;
 /// Takeovers of a guest that are kept; older ones are removed.
 const KEPT: usize = 50;
 
-/// Where the files are: `GUEST/TERM.json` and `.txt`, terms with leading zeros; `GUEST/home`.
+/// Name of the file that says how the guest is protected.
+const SETTINGS: &str = "settings";
+
+/// Where the files are: `GUEST/TERM.json` and `.txt`, terms with leading zeros; `GUEST/home`, `GUEST/settings`.
 #[derive(Debug, Clone)]
 pub struct Reports {
     folder: PathBuf,
@@ -151,6 +155,27 @@ impl Reports {
             };
             if let Err(error) = done {
                 error!(%guest, %error, "cannot remember the guest's home");
+            }
+        });
+    }
+}
+
+impl Reports {
+    /// How the guest was protected last, as far as that is known here. Blocks for a moment.
+    pub(super) fn settings(&self, guest: GuestId) -> Option<GuestSettings> {
+        GuestSettings::decode(&fs::read(self.of(guest).join(SETTINGS)).ok()?).ok()
+    }
+
+    /// Whoever runs the guest after this process is to know it.
+    pub(super) fn remember_settings(&self, guest: GuestId, settings: &GuestSettings) {
+        let (folder, encoded) = (self.of(guest), settings.encode());
+        tokio::task::spawn_blocking(move || {
+            let done = encoded.map_err(io::Error::other).and_then(|bytes| {
+                fs::create_dir_all(&folder)?;
+                replace(&folder.join(SETTINGS), &bytes)
+            });
+            if let Err(error) = done {
+                error!(%guest, %error, "cannot remember how the guest is protected");
             }
         });
     }

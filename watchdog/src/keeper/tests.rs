@@ -1,5 +1,6 @@
 //! Two keepers with heartbeats over loopback and a record they share. Only the agents are made up.
 
+mod chosen;
 mod failures;
 mod forged;
 
@@ -7,6 +8,7 @@ use std::sync::Mutex;
 
 use understudy_proto::ids::{EpochId, Generation, Incarnation};
 use understudy_proto::ownership::{Owner, Ownership, Term};
+use understudy_proto::policy::GuestSettings;
 use understudy_proto::rpc::Failure;
 use understudy_proto::rpc::async_trait;
 use understudy_proto::sealed::{HeartbeatKey, MIN_KEY_BYTES, Seal};
@@ -73,6 +75,7 @@ impl FakeHost {
             over: None,
             promotion: None,
             held_bytes: None,
+            settings: None,
         };
         Arc::new(Self(Mutex::new((seen, Vec::new())), Mutex::default()))
     }
@@ -114,8 +117,15 @@ impl Host for FakeHost {
         None
     }
 
-    async fn protect(&self, _: GuestId, to: &str, _: Term) -> Result<(), Failure> {
-        self.1.lock().unwrap().push(format!("protect {to}"));
+    async fn protect(
+        &self,
+        _: GuestId,
+        to: &str,
+        as_before: Option<GuestSettings>,
+        _: Term,
+    ) -> Result<(), Failure> {
+        let how = as_before.map_or(String::new(), |before| format!(" as {}", said(&before)));
+        self.1.lock().unwrap().push(format!("protect {to}{how}"));
         Err(Failure::new(understudy_proto::rpc::FailureKind::Unavailable, "unreachable", "nobody there"))
     }
 
@@ -135,6 +145,10 @@ impl Host for FakeHost {
         self.1.lock().unwrap().push("take back".to_owned());
         Ok(())
     }
+}
+
+fn said(settings: &GuestSettings) -> String {
+    String::from_utf8(settings.encode().unwrap()).unwrap()
 }
 
 struct Pair {

@@ -114,6 +114,12 @@ impl Engine {
         &self.protocol
     }
 
+    /// The operator has chosen otherwise.
+    pub fn set_policies(&mut self, policies: Policies) {
+        self.policies = policies;
+        self.protocol.set_policies(policies);
+    }
+
     /// Why the other host is suspected, if it is.
     pub fn suspicion(&self) -> Option<Suspicion> {
         self.suspicion

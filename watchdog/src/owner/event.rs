@@ -2,26 +2,8 @@
 
 use understudy_proto::ids::{EpochId, Generation, Incarnation};
 use understudy_proto::ownership::{Ownership, Term};
-
-/// What is done when the backup is lost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum LostBackup {
-    /// The guest runs on and its output waits for a backup: nothing is ever unprotected.
-    #[default]
-    Hold,
-    /// The guest is taken from the backup at the arbiter and its output let go: it runs unprotected.
-    Solo,
-}
-
-/// What is done when the guest's QEMU fails while its host lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum QemuCrash {
-    /// As if the host had failed: the backup takes over.
-    #[default]
-    Failover,
-    /// It is an end of the guest: nothing takes over.
-    Leave,
-}
+use understudy_proto::policy::GuestPolicy;
+pub use understudy_proto::policy::{LostBackup, QemuCrash};
 
 /// Choices of the operator, per guest. A lost arbiter has no choice: nothing changes hands until it is back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -30,6 +12,17 @@ pub struct Policies {
     pub lost_backup: LostBackup,
     /// What is done when QEMU fails.
     pub qemu_crash: QemuCrash,
+}
+
+impl Policies {
+    /// With what was chosen for the guest itself.
+    #[must_use]
+    pub fn of(self, guest: &GuestPolicy) -> Self {
+        Self {
+            lost_backup: guest.on_lost_backup.unwrap_or(self.lost_backup),
+            qemu_crash: guest.on_qemu_crash.unwrap_or(self.qemu_crash),
+        }
+    }
 }
 
 /// What the agents of this host have of the guest.

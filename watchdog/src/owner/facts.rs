@@ -57,6 +57,7 @@ mod tests {
             ended: false,
             yields: false,
             crashed: false,
+            settings: None,
         };
         let sending = |held| Sending { generation: Generation(2), committed: EpochId(9), held };
         let counts = |held| sending(held).seeded(&peer, Term(4)).is_some();

@@ -57,6 +57,14 @@ impl Protocol {
         }
     }
 
+    /// The operator has chosen otherwise.
+    pub fn set_policies(&mut self, policies: Policies) {
+        self.policies = policies;
+        if self.role == Role::Asking && policies.lost_backup == LostBackup::Hold {
+            self.role = Role::Protected;
+        }
+    }
+
     /// What this host is to the guest.
     pub fn role(&self) -> &Role {
         &self.role

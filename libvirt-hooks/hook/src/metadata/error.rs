@@ -92,3 +92,13 @@ pub(super) fn not_one_of(
     let expected = format!("did you mean {:?}? It is one of {all}", nearest(found, valid));
     MetadataError::BadValue { element, attribute, found: found.to_owned(), expected }
 }
+
+/// A value that is not what it should be.
+pub(super) fn bad(
+    element: &'static str,
+    attribute: &'static str,
+    found: &str,
+    expected: String,
+) -> MetadataError {
+    MetadataError::BadValue { element, attribute, found: found.to_owned(), expected }
+}

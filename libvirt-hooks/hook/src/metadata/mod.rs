@@ -11,12 +11,14 @@
 
 mod command;
 mod error;
+mod policy;
 mod protect;
 mod state;
 mod tree;
 
 pub use command::Command;
 pub use error::MetadataError;
+pub use policy::Policy;
 pub use protect::{DiskPolicy, EPOCH_MAX, EPOCH_MIN, Epoch, NicPolicy, Output, Protect, asks_to_be_required};
 pub use state::State;
 

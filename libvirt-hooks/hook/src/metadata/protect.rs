@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::error::{nearest, not_one_of};
+use super::error::{bad, nearest, not_one_of};
+#[cfg(test)]
+use super::policy;
+use super::policy::Policy;
 use super::tree::Node;
 use super::{MetadataError, PROTECT_NAMESPACE};
 
@@ -13,8 +16,18 @@ pub const EPOCH_MIN: Duration = Duration::from_millis(5);
 /// Longest epoch that can be asked for.
 pub const EPOCH_MAX: Duration = Duration::from_secs(60);
 
-const PROTECT: &str = "protect";
-const ATTRIBUTES: &[&str] = &["enabled", "backup", "epoch", "required", "insecure", "output"];
+pub(super) const PROTECT: &str = "protect";
+const ATTRIBUTES: &[&str] = &[
+    "enabled",
+    "backup",
+    "epoch",
+    "required",
+    "insecure",
+    "output",
+    "on-lost-backup",
+    "on-qemu-crash",
+    "spares",
+];
 const CHILDREN: &[&str] = &["disk", "nic"];
 const YES_NO: &[&str] = &["yes", "no"];
 
@@ -37,6 +50,8 @@ pub struct Protect {
     pub insecure: bool,
     /// What becomes of the guest's network output.
     pub output: Output,
+    /// What is to be done on failures; `None`: nothing is said of it.
+    pub policy: Option<Policy>,
     /// Disks that have a policy of their own.
     pub disks: Vec<DiskPolicy>,
     /// Network cards that have a policy of their own.
@@ -133,6 +148,7 @@ impl Protect {
                 Some("ungated") => Output::Ungated,
                 Some(other) => return Err(not_one_of(PROTECT, "output", other, &["gated", "ungated"])),
             },
+            policy: Policy::read(node)?,
             disks: Vec::new(),
             nics: Vec::new(),
         };
@@ -239,10 +255,6 @@ fn needed(
     value.ok_or(MetadataError::Missing { element, attribute, why })
 }
 
-fn bad(element: &'static str, attribute: &'static str, found: &str, expected: String) -> MetadataError {
-    MetadataError::BadValue { element, attribute, found: found.to_owned(), expected }
-}
-
 fn yes_no(element: &'static str, attribute: &'static str, value: &str) -> Result<bool, MetadataError> {
     match value {
         "yes" => Ok(true),
@@ -254,7 +266,7 @@ fn yes_no(element: &'static str, attribute: &'static str, value: &str) -> Result
 /// The longest name of a host there is (DNS), and a port.
 const MAX_BACKUP: usize = 253 + 6;
 
-fn backup(value: &str) -> Result<String, MetadataError> {
+pub(super) fn backup(value: &str) -> Result<String, MetadataError> {
     let is_fine = |byte: u8| byte.is_ascii_alphanumeric() || b".-_:[]%".contains(&byte);
     if value.is_empty() || value.len() > MAX_BACKUP || !value.bytes().all(is_fine) {
         let expected = "give HOST, HOST:PORT, an address, or [ADDRESS]:PORT".to_owned();
@@ -293,5 +305,5 @@ fn epoch(value: &str) -> Result<Epoch, MetadataError> {
 pub(super) fn words() -> impl Iterator<Item = &'static str> {
     let values =
         ["yes", "no", "gated", "ungated", "buffer", "ignore", "gate", "open", "auto", "target", "mac"];
-    ATTRIBUTES.iter().chain(CHILDREN).copied().chain([PROTECT, "policy"]).chain(values)
+    ATTRIBUTES.iter().chain(CHILDREN).copied().chain([PROTECT, "policy"]).chain(values).chain(policy::words())
 }

@@ -32,13 +32,20 @@ fn one_line_is_enough() {
 fn everything_can_be_said() {
     let xml =
         "<p:protect xmlns:p='urn:understudy:domain:1' enabled='yes' backup='[fe80::1]:7421' epoch='25ms'
-        required='yes' insecure='yes' output='ungated'><!-- why --><p:disk target='vda' policy='buffer'/>
+        required='yes' insecure='yes' output='ungated' on-lost-backup='solo' on-qemu-crash='leave'
+        spares='c d:7421'><!-- why --><p:disk target='vda' policy='buffer'/>
         <p:disk target='sdb' policy='ignore'/><p:nic mac='52:54:00:AB:cd:ef' policy='gate'/></p:protect>";
     let wanted = Protect::in_domain(&domain(xml)).unwrap().unwrap();
     assert_eq!(wanted.epoch, Some(Epoch::Fixed(Duration::from_millis(25))));
     let auto = Protect::in_domain(&domain(&xml.replace("25ms", "auto"))).unwrap().unwrap();
     assert_eq!(auto.epoch, Some(Epoch::Auto));
     assert!(wanted.required && wanted.insecure && wanted.output == Output::Ungated);
+    let policy = wanted.policy.unwrap();
+    assert_eq!(
+        (policy.on_lost_backup.as_deref(), policy.on_qemu_crash.as_deref()),
+        (Some("solo"), Some("leave"))
+    );
+    assert_eq!(policy.spares, ["c", "d:7421"]);
     assert_eq!(wanted.disks.len(), 2);
     assert!(wanted.disks[0].replicated && !wanted.disks[1].replicated);
     assert_eq!(wanted.nics, [NicPolicy { mac: "52:54:00:ab:cd:ef".into(), output: Output::Gated }]);
@@ -67,6 +74,11 @@ fn mistakes_name_the_nearest_valid_word() {
         ("<protect enabled='yes'/>", "lacks the attribute \"backup\""),
         ("<protect enabled='yes' backup='a b'/>", "give HOST"),
         ("<protect enabled='yes' backup='b' output='gate'/>", "did you mean \"gated\"?"),
+        ("<protect enabled='yes' backup='b' on-lost-backup='sole'/>", "did you mean \"solo\"?"),
+        ("<protect enabled='yes' backup='b' on-qemu-crash='fail-over'/>", "did you mean \"failover\"?"),
+        ("<protect enabled='yes' backup='b' on-lost-bakup='solo'/>", "on-lost-backup"),
+        ("<protect enabled='yes' backup='b' spares=' '/>", "1 to 8 hosts"),
+        ("<protect enabled='yes' backup='b' spares='a b/c'/>", "b/c"),
         ("<protect enabled='yes' backup='b' epoch='25'/>", "did you mean \"25ms\"?"),
         ("<protect enabled='yes' backup='b' epoch='4ms'/>", "\"5ms\" to \"60s\""),
         ("<protect enabled='yes' backup='b' epoch='61s'/>", "\"5ms\" to \"60s\""),

@@ -27,6 +27,8 @@ pub(super) const SUSPECT_AFTER_MS: u32 = 10_000;
 const QEMU_SILENT_MS: u32 = 15_000;
 /// Between two questions of the outside observer on a path.
 const VERIFY_EVERY_MS: u32 = 100;
+/// It has asked on every path by then.
+const ASKED: Duration = Duration::from_secs(10);
 
 /// The witness, the watchdogs, guest g1 and who looks at it.
 pub(super) struct Keeping<'a> {
@@ -37,6 +39,8 @@ pub(super) struct Keeping<'a> {
     pub(super) observer: Observer,
     sides: Sides,
     verify: Option<Verify>,
+    /// When that began.
+    began: Instant,
     boot: String,
     total: u64,
     /// Term of the last report.
@@ -58,6 +62,7 @@ impl<'a> Keeping<'a> {
             observer: Observer::start(lab.dir(), "g1"),
             sides,
             verify: None,
+            began: Instant::now(),
             boot: first.boot,
             total: first.total,
             reported: 0,
@@ -70,12 +75,14 @@ impl<'a> Keeping<'a> {
         }
         lab.protect("g1", HostName::Alpha)?;
         this.paired(HostName::Alpha)?;
+        this.began = Instant::now();
         this.verify = Some(Verify::start(lab, "g1", VERIFY_EVERY_MS)?);
         Ok(this)
     }
 
     /// Nothing that was heard of the guest until now was taken back.
     pub(super) fn clean(&mut self) -> Result<()> {
+        std::thread::sleep(ASKED.saturating_sub(self.began.elapsed()));
         self.verify.take().context("verify has ended already")?.end()?.ensure_clean()
     }
 

@@ -199,6 +199,7 @@ impl World {
             ended: *protocol.role() == Role::Ended || (over && !keeper.crashed),
             yields: false,
             crashed: keeper.crashed,
+            settings: None,
         };
         self.beat_arrives_at(1 - h, &beat);
     }

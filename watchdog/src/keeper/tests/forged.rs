@@ -84,6 +84,7 @@ async fn who_lacks_the_key_cannot_have_a_guest_taken_over() {
             ended: false,
             yields: true,
             crashed: true,
+            settings: None,
         };
         for bytes in [forger.seal(&forged).unwrap(), forged.encode().unwrap()] {
             socket.send_to(&bytes, pair.second).unwrap();
