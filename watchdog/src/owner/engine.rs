@@ -171,11 +171,10 @@ impl Engine {
     /// Whose silence matters now, and for how long it may last.
     fn watches(&self) -> Option<(Duration, Option<Duration>)> {
         let qemu = (self.policies.qemu_crash == QemuCrash::Failover).then_some(self.timing.qemu_silent);
-        match self.protocol.role() {
-            Role::Protected | Role::Asking => Some((self.timing.backup_silent, None)),
-            Role::Standby | Role::Claiming => Some((self.timing.primary_silent, qemu)),
-            _ => None,
-        }
+        Some(match watched_as(self.protocol.role())? {
+            Watched::Backup => (self.timing.backup_silent, None),
+            Watched::Primary => (self.timing.primary_silent, qemu),
+        })
     }
 
     fn detect(&mut self, now: Instant, out: &mut Vec<Output>) {
@@ -217,8 +216,9 @@ impl Engine {
         if std::mem::discriminant(role) != std::mem::discriminant(&before) {
             self.role_since = now;
             out.push(Output::Became(role.clone()));
-            let watched = matches!(before, Role::Protected | Role::Asking | Role::Standby | Role::Claiming);
-            if !watched {
+            if watched_as(&before) != watched_as(role) {
+                // What was suspected of a backup is no suspicion of a primary, which would never be told.
+                self.suspicion = None;
                 self.detector.watch_from(now);
             }
             if let Some(takeover) = self.timeline.became(role, self.protocol.record(), now) {
@@ -252,5 +252,20 @@ impl Engine {
         );
         let eager = expects || self.protocol.wanted().is_some();
         self.read_at = now + if eager { self.timing.read_eager } else { self.timing.read_idle };
+    }
+}
+
+/// What the other host is watched as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watched {
+    Primary,
+    Backup,
+}
+
+fn watched_as(role: &Role) -> Option<Watched> {
+    match role {
+        Role::Protected | Role::Asking => Some(Watched::Backup),
+        Role::Standby | Role::Claiming => Some(Watched::Primary),
+        _ => None,
     }
 }

@@ -115,3 +115,24 @@ fn a_guest_that_ended_here_when_it_had_gone_elsewhere_is_taken_over_all_the_same
         "{claims:?}"
     );
 }
+
+#[test]
+fn a_backup_that_was_suspected_is_suspected_anew_when_it_has_become_the_primary() {
+    let mut now = std::time::Instant::now();
+    let policies = Policies { lost_backup: LostBackup::Solo, ..Policies::default() };
+    let mut dog = Engine::new("a", policies, Timing::default(), now);
+    let local = |runs, image| Input::Event(Event::Local(Local { runs, image, generation: None }));
+    dog.step(local(true, None), now);
+    dog.step(Input::Event(record(1, 1, pair("a", "b"))), now);
+    let suspects = |said: &[Output]| said.iter().any(|output| matches!(output, Output::Suspected(_)));
+    now += std::time::Duration::from_secs(2);
+    assert!(suspects(&dog.step(Input::Tick, now)));
+    // It had the guest for long, and has copied it here before it fell silent.
+    let image = Image { incarnation: Incarnation(uuid::Uuid::from_u128(1)), generation: Generation(2) };
+    dog.step(local(false, Some(image)), now);
+    let said = dog.step(Input::Event(record(4, 2, pair("b", "a"))), now);
+    assert!(*dog.protocol().role() == Role::Standby && !suspects(&said), "{said:?}");
+    now += std::time::Duration::from_secs(2);
+    assert!(suspects(&dog.step(Input::Tick, now)));
+    assert_eq!(*dog.protocol().role(), Role::Claiming);
+}
