@@ -34,6 +34,8 @@ pub(super) struct Precopy<'a> {
     pages: u64,
     /// The last section of memory was read.
     memory_read: bool,
+    /// The order to allow a longer stop, which may not be obeyed yet.
+    order: Option<JoinHandle<()>>,
 }
 
 impl<'a> Precopy<'a> {
@@ -46,7 +48,18 @@ impl<'a> Precopy<'a> {
         sink: &'a mut dyn PageSink,
     ) -> Self {
         let reader = PrecopyReader::new();
-        Self { monitor, options, version, dialect, link, sink, reader, pages: 0, memory_read: false }
+        Self {
+            monitor,
+            options,
+            version,
+            dialect,
+            link,
+            sink,
+            reader,
+            pages: 0,
+            memory_read: false,
+            order: None,
+        }
     }
 
     /// Reads all of it; at the end QEMU is in state `colo` and waits for READY.
@@ -57,6 +70,11 @@ impl<'a> Precopy<'a> {
             self.devices(stopped).map(|seen| (stopped, seen))
         });
         let (stopped, seen) = result.map_err(|error| self.explain(error))?;
+        if let Some(order) = self.order.take() {
+            // All is read, so QEMU answers; later it would fall into a checkpoint, or behind the end of the capture. What
+            // went wrong it has said itself.
+            let _ = order.join();
+        }
         let reader = std::mem::take(&mut self.reader);
         let precopy = reader.finish(seen).map_err(stream_error(Phase::Switchover))?;
         if self.dialect.end_of_precopy() == EndOfPrecopy::QuietAfterDescription {
@@ -84,7 +102,6 @@ impl<'a> Precopy<'a> {
         let options = self.options;
         let mut downtime_limit = options.downtime_limit;
         let mut patience_ends = begun + options.convergence_patience;
-        let mut order: Option<JoinHandle<()>> = None;
         while !self.memory_read {
             if self.link.fill(phase, Instant::now() + options.silence_running)? == Filled::Quiet {
                 return Err(CaptureError::Silent { phase, waited: options.silence_running });
@@ -94,13 +111,13 @@ impl<'a> Precopy<'a> {
             if now >= begun + options.arm_limit {
                 return Err(CaptureError::Silent { phase, waited: options.arm_limit });
             }
-            let obeyed = order.as_ref().is_none_or(JoinHandle::is_finished);
+            let obeyed = self.order.as_ref().is_none_or(JoinHandle::is_finished);
             if now >= patience_ends && downtime_limit < options.max_downtime_limit && obeyed {
                 // The guest dirties memory faster than it is read: only a longer stop lets the copy end.
                 downtime_limit = (downtime_limit * 2).min(options.max_downtime_limit);
                 patience_ends = now + options.convergence_patience;
                 debug!(?downtime_limit, "full copy does not converge");
-                order = self.allow(downtime_limit);
+                self.order = self.allow(downtime_limit);
             }
         }
         Ok(())
