@@ -3,6 +3,7 @@
 mod failover;
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
@@ -38,6 +39,19 @@ pub(crate) enum Bench {
     Failover,
 }
 
+/// A measurement of this package, in release mode; its arguments follow.
+pub(crate) fn measurement(name: &str) -> Command {
+    let mut cargo = example("understudy-tests", "bench");
+    cargo.arg(name);
+    cargo
+}
+
+fn example(package: &str, name: &str) -> Command {
+    let mut cargo = workspace::cargo();
+    cargo.args(["run", "--locked", "--release", "-p", package, "--example", name, "--"]);
+    cargo
+}
+
 /// Runs one; `more` goes to it as it is.
 pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Result<i32> {
     let name = match bench {
@@ -54,32 +68,14 @@ pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Resul
         Bench::Codec => Some("codec"),
         Bench::Memory => Some("memory"),
     };
-    let mut cargo = workspace::cargo();
-    match (name, bench) {
-        (Some(name), _) => cargo.args([
-            "run",
-            "--locked",
-            "--release",
-            "-p",
-            "understudy-tests",
-            "--example",
-            "bench",
-            "--",
-            name,
-        ]),
+    let mut cargo = match (name, bench) {
+        (Some(name), _) => measurement(name),
         (None, Bench::Transfer) => {
-            cargo.args(["bench", "--locked", "-p", "understudy-backup", "--bench", "loopback", "--"])
+            let mut cargo = workspace::cargo();
+            cargo.args(["bench", "--locked", "-p", "understudy-backup", "--bench", "loopback", "--"]);
+            cargo
         }
-        (None, _) => cargo.args([
-            "run",
-            "--locked",
-            "--release",
-            "-p",
-            "understudy-backup",
-            "--example",
-            "promotion_time",
-            "--",
-        ]),
+        (None, _) => example("understudy-backup", "promotion_time"),
     };
     if let Some(file) = json {
         // Cargo runs at the root, whoever calls from elsewhere.

@@ -44,18 +44,7 @@ pub(crate) fn run(names: &[String], into: &Path) -> Result<i32> {
             continue;
         }
         let initrd = initrd(&cache, workload)?;
-        let mut cargo = workspace::cargo();
-        cargo.args([
-            "run",
-            "--locked",
-            "--release",
-            "-p",
-            "understudy-tests",
-            "--example",
-            "bench",
-            "--",
-            "record",
-        ]);
+        let mut cargo = crate::bench::measurement("record");
         cargo.arg("--kernel").arg(kernel.image()).arg("--initrd").arg(&initrd);
         cargo.args(["--workload", workload.name, "--epochs", &workload.epochs.to_string()]);
         cargo.args(["--epoch-ms", &workload.epoch_ms.to_string(), "--out"]);
