@@ -51,6 +51,11 @@ const QEMU_ANNOUNCE_ROUNDS: u32 = 5;
 /// Between two looks at a load that is about to end.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
+/// How long libvirt may take to notice that a QEMU has ended, and how often it is asked. Until then it calls the domain
+/// active and has nobody to put a question to.
+const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
+const NOTICE_INTERVAL: Duration = Duration::from_millis(20);
+
 /// Makes standbys with a libvirt daemon, connecting anew when it was restarted.
 #[derive(Debug)]
 pub struct LibvirtPromoter {
@@ -120,11 +125,14 @@ impl LibvirtPromoter {
 
     /// The active domain and what it is. One that is being removed may go between two questions: it counts as gone.
     fn found(&self, guest: GuestId) -> Result<Option<(Domain, LocalDomain)>, PromoteError> {
-        let Some(domain) = self.active(guest)? else { return Ok(None) };
-        match Self::classify(&domain) {
-            Ok(local) => Ok(Some((domain, local))),
-            Err(_) if self.active(guest)?.is_none() => Ok(None),
-            Err(e) => Err(e),
+        let deadline = Instant::now() + NOTICE_TIMEOUT;
+        loop {
+            let Some(domain) = self.active(guest)? else { return Ok(None) };
+            match Self::classify(&domain) {
+                Ok(local) => return Ok(Some((domain, local))),
+                Err(e) if Instant::now() >= deadline => return Err(e),
+                Err(_) => std::thread::sleep(NOTICE_INTERVAL),
+            }
         }
     }
 

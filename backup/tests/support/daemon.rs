@@ -15,7 +15,8 @@ use understudy_proto::frame::{Codec, Record};
 use understudy_proto::qemu::{EndSeen, PrecopyEvent, PrecopyReader};
 use understudy_proto::rpc::epoch::Seed;
 
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// For an emulated guest that has a few percent of a CPU while something else is tested.
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A daemon of our own; it and everything it started end with this value.
 pub struct Libvirtd {

@@ -165,7 +165,13 @@ proptest! {
         prop_assert!(changes <= 16, "{changes} changes");
         let late = world.run(&mut governor, 1000);
         prop_assert!(late <= 4, "{late} changes after settling");
-        prop_assert!(world.seconds(governor.plan()) <= world.seconds(Plan::Raw) * 1.1);
+        // What failed long ago is tried again for a few epochs: the average counts.
+        let epochs = 1000;
+        let mean = (0..epochs).map(|_| {
+            world.run(&mut governor, 1);
+            world.seconds(governor.plan())
+        }).sum::<f64>() / f64::from(epochs);
+        prop_assert!(mean <= world.seconds(Plan::Raw) * MAX_LOSS, "{mean}");
     }
 }
 
