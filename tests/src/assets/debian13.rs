@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::sweep;
 use crate::process;
 use crate::setup::apt::{self, Archive};
 
@@ -48,7 +49,7 @@ pub(crate) fn ensure(cache: &Path) -> Result<PathBuf> {
     eprintln!(
         "Making a root of Debian 13 for the lab's hosts; once, a few minutes, 350 MB in the lab's cache."
     );
-    sweep(cache)?;
+    sweep(cache, PREFIX)?;
     let work = cache.join(format!("{PREFIX}{}", std::process::id()));
     let fresh = work.join("tree");
     fs::create_dir_all(&work)?;
@@ -73,18 +74,6 @@ pub(crate) fn ensure(cache: &Path) -> Result<PathBuf> {
 }
 
 const PREFIX: &str = "root-debian13.";
-
-/// Removes what interrupted runs have left.
-fn sweep(cache: &Path) -> Result<()> {
-    for entry in fs::read_dir(cache)?.flatten() {
-        let name = entry.file_name();
-        let maker = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).map(str::to_owned);
-        if maker.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            fs::remove_dir_all(entry.path())?;
-        }
-    }
-    Ok(())
-}
 
 fn recipe() -> String {
     format!("{SUITE} {}", PACKAGES.join(" "))
@@ -198,7 +187,7 @@ mod tests {
         fs::create_dir(&ours).unwrap();
         fs::create_dir(&left).unwrap();
         fs::create_dir(cache.path().join("root-debian13")).unwrap();
-        sweep(cache.path()).unwrap();
+        sweep(cache.path(), PREFIX).unwrap();
         assert!(ours.exists() && !left.exists() && cache.path().join("root-debian13").exists());
     }
 }

@@ -7,8 +7,10 @@ pub(crate) mod guest;
 pub(crate) mod initramfs;
 pub(crate) mod kernel;
 pub(crate) mod probe;
+pub(crate) mod virtqemud;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -33,6 +35,8 @@ pub(crate) struct Assets {
     pub(crate) emulator: Emulator,
     /// The trees of hosts that are not rooted in this machine's own system.
     pub(crate) trees: BTreeMap<HostName, PathBuf>,
+    /// For hosts whose libvirt is this daemon.
+    pub(crate) virtqemud: Option<PathBuf>,
 }
 
 impl Assets {
@@ -40,6 +44,7 @@ impl Assets {
     pub(crate) fn ensure(roots: Roots) -> Result<Self> {
         let cache = workspace::lab_cache()?;
         let trees = trees(&cache, roots)?;
+        let virtqemud = roots.any(Root::Virtqemud).then(|| virtqemud::ensure(&cache)).transpose()?;
         let host_kernel = Kernel::ensure(&cache, Flavour::Full)?;
         let guest_kernel = Kernel::ensure(&cache, Flavour::Cloud)?;
         let program = guest::build()?;
@@ -69,7 +74,16 @@ impl Assets {
             Accelerator::Tcg => Emulator::steady(&cache),
             Accelerator::Kvm => Emulator::own(),
         };
-        Ok(Self { host_kernel, host_initramfs, guest_kernel, guest_initramfs, accelerator, emulator, trees })
+        Ok(Self {
+            host_kernel,
+            host_initramfs,
+            guest_kernel,
+            guest_initramfs,
+            accelerator,
+            emulator,
+            trees,
+            virtqemud,
+        })
     }
 }
 
@@ -82,9 +96,21 @@ fn trees(cache: &Path, roots: Roots) -> Result<BTreeMap<HostName, PathBuf>> {
     let mut trees = BTreeMap::new();
     for host in HostName::ALL {
         match roots.of(host) {
-            Root::Machine => {}
+            Root::Machine | Root::Virtqemud => {}
             Root::Debian13 => drop(trees.insert(host, debian13::ensure(cache)?)),
         }
     }
     Ok(trees)
+}
+
+/// Removes what interrupted runs have left: folders named after their maker's process.
+fn sweep(cache: &Path, prefix: &str) -> Result<()> {
+    for entry in fs::read_dir(cache)?.flatten() {
+        let name = entry.file_name();
+        let maker = name.to_str().and_then(|name| name.strip_prefix(prefix)).map(str::to_owned);
+        if maker.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use rustix::mount::MountFlags;
 
 use super::{Progress, exec, service};
-use crate::lab::plan::{GUEST_BRIDGE, HostName, Net};
+use crate::lab::plan::{GUEST_BRIDGE, HostName, Net, START_LIBVIRT};
 use crate::lab::roots::Root;
 use crate::lab::wire::Phase;
 use crate::process;
@@ -71,7 +71,7 @@ pub(super) fn boot(progress: &Progress) -> Result<()> {
     progress.set("libvirt", None);
     let remembered = identity.shared.join(probed(identity.root));
     copy_files(&remembered, Path::new(CAPABILITIES))?;
-    libvirt()?;
+    libvirt(&identity)?;
     copy_files(Path::new(CAPABILITIES), &remembered)?;
     service::keep_running(&identity.shared, identity.host);
     progress.set(Phase::READY, None);
@@ -181,7 +181,10 @@ fn identify(host: HostName) -> Result<()> {
     Ok(())
 }
 
-fn libvirt() -> Result<()> {
+/// The daemon of hosts that have it, in the shared folder.
+pub(crate) const VIRTQEMUD: &str = "virtqemud";
+
+fn libvirt(identity: &Identity) -> Result<()> {
     // No confinement inside a throw-away host, and QEMU must read the shared folder.
     let conf = format!(
         "security_driver = \"none\"\nuser = \"root\"\ngroup = \"root\"\nmax_core = 0\nmemory_backing_dir = \"{GUEST_MEMORY}\"\n"
@@ -192,7 +195,12 @@ fn libvirt() -> Result<()> {
     let by_tcp = "listen_tls = 0\nlisten_tcp = 1\nauth_tcp = \"none\"\n";
     fs::write("/etc/libvirt/libvirtd.conf", by_tcp)?;
     process::checked(Command::new("virtlogd").arg("--daemon"), LIMIT)?;
-    process::checked(Command::new("libvirtd").args(["--daemon", "--listen"]), LIMIT)?;
+    let daemon = match identity.root {
+        Root::Machine | Root::Debian13 => "libvirtd --daemon --listen".to_owned(),
+        Root::Virtqemud => format!("{} --daemon", identity.shared.join(VIRTQEMUD).display()),
+    };
+    fs::write(START_LIBVIRT, format!("exec {daemon}\n"))?;
+    process::checked(Command::new("sh").arg(START_LIBVIRT), LIMIT)?;
     let end = Instant::now() + LIMIT;
     loop {
         let answer = process::checked(Command::new("virsh").args(["-c", "qemu:///system", "version"]), LIMIT);

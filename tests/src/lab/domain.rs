@@ -1,6 +1,6 @@
 //! The domains lab guests are.
 
-use super::plan::{GUEST_BRIDGE, guest_address};
+use super::plan::{GUEST_BRIDGE, OVS_BRIDGE, guest_address};
 use super::state::LabDir;
 
 /// A guest to be defined.
@@ -33,6 +33,8 @@ pub(crate) enum Card {
     Queues(u32),
     /// A macvtap on the host's bridge.
     Macvtap,
+    /// A tap in a bridge of Open vSwitch, which the scenario has made.
+    OpenVswitch,
 }
 
 impl Card {
@@ -43,6 +45,9 @@ impl Card {
             Self::Tap => ("bridge", bridge),
             Self::Queues(count) => ("bridge", format!("{bridge}<driver queues='{count}'/>")),
             Self::Macvtap => ("direct", format!("<source dev='{GUEST_BRIDGE}' mode='bridge'/>")),
+            Self::OpenVswitch => {
+                ("bridge", format!("<source bridge='{OVS_BRIDGE}'/><virtualport type='openvswitch'/>"))
+            }
         }
     }
 }

@@ -31,7 +31,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::assets::Assets;
 use crate::assets::probe::Accelerator;
-use crate::host::boot::{copy_files, probed};
+use crate::host::boot::{VIRTQEMUD, copy_files, probed};
 use crate::ui::Steps;
 use crate::{process, setup, workspace};
 use control::{Reply, Request};
@@ -74,6 +74,9 @@ impl Lab {
             let folder = dir.shared().join("guest");
             fs::create_dir_all(&folder)?;
             fs::copy(&from, folder.join(to)).with_context(|| format!("cannot copy {}", from.display()))?;
+        }
+        if let Some(daemon) = &assets.virtqemud {
+            fs::copy(daemon, dir.shared().join(VIRTQEMUD)).context("cannot copy virtqemud")?;
         }
         for host in HostName::ALL {
             let root = roots.of(host);

@@ -32,6 +32,12 @@ pub(crate) const PRIMARY_ADMIN_PORT: u16 = 7423;
 pub(crate) const BACKUP_ADMIN_PORT: u16 = 7424;
 /// The bridge the guests' interfaces are put into, in every host.
 pub(crate) const GUEST_BRIDGE: &str = "br0";
+
+/// A script in every host that starts its libvirt.
+pub(crate) const START_LIBVIRT: &str = "/run/lab/start-libvirt";
+
+/// Its counterpart in hosts that were given Open vSwitch.
+pub(crate) const OVS_BRIDGE: &str = "ovs0";
 /// The last part of the client's addresses.
 const CLIENT: u8 = 254;
 

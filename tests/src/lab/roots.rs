@@ -17,6 +17,8 @@ pub(crate) enum Root {
     Machine,
     /// Debian 13: QEMU 10.0 and libvirt 11.3.
     Debian13,
+    /// This machine's own, its libvirt run by virtqemud instead of libvirtd.
+    Virtqemud,
 }
 
 /// The root of every host.
@@ -27,12 +29,13 @@ pub(crate) struct Roots {
 }
 
 impl Root {
-    const ALL: [Self; 2] = [Self::Machine, Self::Debian13];
+    const ALL: [Self; 3] = [Self::Machine, Self::Debian13, Self::Virtqemud];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Machine => "machine",
             Self::Debian13 => "debian13",
+            Self::Virtqemud => "virtqemud",
         }
     }
 }
@@ -46,6 +49,11 @@ impl Roots {
     /// This machine's system on alpha, Debian 13 on beta.
     pub(crate) fn mixed() -> Self {
         Self { alpha: Root::Machine, beta: Root::Debian13 }
+    }
+
+    /// Whether a host is this.
+    pub(crate) fn any(self, root: Root) -> bool {
+        HostName::ALL.into_iter().any(|host| self.of(host) == root)
     }
 
     pub(crate) fn of(self, host: HostName) -> Root {
@@ -74,7 +82,10 @@ impl FromStr for Root {
     fn from_str(text: &str) -> Result<Self> {
         match Self::ALL.into_iter().find(|root| root.name() == text) {
             Some(root) => Ok(root),
-            None => bail!("no root `{text}` for a host: there are machine (this machine's own) and debian13"),
+            None => bail!(
+                "no root `{text}` for a host: there are machine (this machine's own), debian13 and virtqemud \
+                 (this machine's own with that daemon)"
+            ),
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::lab::Lab;
 use crate::lab::domain::guest_mac;
 use crate::lab::guest::Guest;
 use crate::lab::plan::HostName::{Alpha, Beta};
+use crate::lab::plan::START_LIBVIRT;
 use crate::lab::remote::{Exec, Outcome};
 use crate::lab::understudy::Role;
 
@@ -79,10 +80,11 @@ fn verbs(lab: &Lab) -> Result<()> {
     for host in [Alpha, Beta] {
         lab.shell(
             host,
-            "kill $(pidof libvirtd); while pidof libvirtd >/dev/null; do sleep 0.1; done; libvirtd --daemon --listen
-             for i in $(seq 100); do virsh -q list >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1",
+            &format!("kill $(pidof libvirtd virtqemud); while pidof libvirtd virtqemud >/dev/null; do sleep 0.1; done
+             sh {START_LIBVIRT}
+             for i in $(seq 100); do virsh -q list >/dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1"),
         )?;
-        protected(lab, &format!("a restart of libvirtd on {host}"))?;
+        protected(lab, &format!("a restart of libvirt on {host}"))?;
     }
     ensure!(full_copies()? == copies, "a full copy was made: {:?} before, {:?} now", copies, full_copies()?);
 

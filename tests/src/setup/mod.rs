@@ -28,12 +28,21 @@ const PACKAGES: &[(&str, &str)] = &[
 
 /// Installs what is missing, after saying what that is. Does nothing, and needs no network, otherwise.
 pub(crate) fn ensure() -> Result<()> {
-    let missing = apt::missing(PACKAGES.iter().map(|(name, _)| *name))?;
+    install(PACKAGES)
+}
+
+/// Open vSwitch beside that, for who tests guests in it.
+pub(crate) fn ensure_open_vswitch() -> Result<()> {
+    install(&[("openvswitch-switch", "switches guests in lab hosts")])
+}
+
+fn install(packages: &[(&str, &str)]) -> Result<()> {
+    let missing = apt::missing(packages.iter().map(|(name, _)| *name))?;
     if missing.is_empty() {
         return Ok(());
     }
     eprintln!("These Debian packages are missing and will be installed:");
-    for (name, purpose) in PACKAGES.iter().filter(|(name, _)| missing.iter().any(|gone| gone == name)) {
+    for (name, purpose) in packages.iter().filter(|(name, _)| missing.iter().any(|gone| gone == name)) {
         eprintln!("  {name:28} {purpose}");
     }
     apt::install(&missing)

@@ -81,6 +81,10 @@ pub(crate) enum Campaign {
     Debian13,
     /// virsh's verbs on protected guests, and fifty starts and destroys in a row with libvirt's hook
     Verbs,
+    /// The same, and everything about the XML element, on hosts whose libvirt is virtqemud
+    Virtqemud,
+    /// Guests whose card has several queues, is a macvtap, or is in Open vSwitch
+    Cards,
 }
 
 /// Runs a campaign; the exit status tells whether all is well.
@@ -93,6 +97,15 @@ pub(crate) fn campaign(name: Campaign) -> Result<i32> {
         Campaign::Verbs => {
             crate::scenarios::run(&mut report, "verbs: ", Roots::default())?;
             crate::scenarios::run(&mut report, "campaign: fifty starts", Roots::default())?;
+        }
+        Campaign::Virtqemud => {
+            for scenarios in ["verbs: ", "metadata: ", "campaign: fifty starts"] {
+                crate::scenarios::run(&mut report, scenarios, Roots::both(Root::Virtqemud))?;
+            }
+        }
+        Campaign::Cards => {
+            setup::ensure_open_vswitch()?;
+            crate::scenarios::run(&mut report, "cards: ", Roots::default())?;
         }
         Campaign::Owner => crate::scenarios::run(&mut report, crate::scenarios::OWNER, Roots::default())?,
         Campaign::Verify => crate::scenarios::run(&mut report, crate::scenarios::CAMPAIGN, Roots::default())?,
