@@ -224,7 +224,7 @@ fn look(route: &mut Route, port: &Port) -> Result<Place, GateError> {
     if device.kind == Some(InfoKind::MacVtap) {
         return match route.root(device.index, name)? {
             Root::Gate => Ok(Place::Found { device, ifb: None }),
-            Root::Default => Ok(Place::Free { device, remains: None, ingress: false }),
+            Root::Default | Root::NoQueue => Ok(Place::Free { device, remains: None, ingress: false }),
             Root::Other(kind) => Err(occupied(
                 format!("its root qdisc is a {kind}, as <bandwidth> of the domain makes one"),
                 "take the <bandwidth> out of the interface",

@@ -19,6 +19,12 @@ use understudy_proto::ids::GuestId;
 
 use super::view::{Ended, Failed, Found, Protection, Report};
 
+mod follow;
+mod say;
+
+use follow::{decide, failure};
+use say::report;
+
 /// Before the second attempt; each further one waits twice as long.
 pub const RETRY_FIRST: Duration = Duration::from_secs(2);
 
@@ -382,172 +388,6 @@ impl Engine {
             Err(failed) => failure(failed, &mut domain.attempts, now),
         };
     }
-}
-
-/// The wait before another attempt.
-fn failure(failed: Failed, attempts: &mut u32, now: Instant) -> Phase {
-    let wait = RETRY_FIRST.saturating_mul(1 << (*attempts).min(5)).min(RETRY_MAX);
-    *attempts = attempts.saturating_add(1);
-    let again = failed.time_helps.then_some(now + wait);
-    Phase::Waiting { failed, again }
-}
-
-fn decide(guest: GuestId, domain: &mut Domain, now: Instant, out: &mut Vec<Command>) {
-    match &domain.phase {
-        Phase::Waiting { again: Some(again), .. } if *again <= now => {
-            domain.phase = if domain.applied.is_some() { Phase::Following } else { Phase::Idle };
-        }
-        _ => {}
-    }
-    match domain.phase {
-        Phase::Idle => {
-            if let Some(wanted) = domain.wanted().cloned() {
-                match wanted_in_vain(&wanted) {
-                    Some(failed) => domain.phase = Phase::Waiting { failed, again: None },
-                    None => {
-                        domain.applied = Some(wanted.clone());
-                        domain.phase = Phase::Protecting;
-                        out.push(Command::Protect(guest, wanted));
-                    }
-                }
-            }
-        }
-        Phase::Following => {
-            // A mistake in the mark leaves things as they are: it is no wish to lose the protection.
-            let same = match (&domain.mark, &domain.applied) {
-                (Err(_), _) | (_, None) => true,
-                // Its end is under way and has an outcome of its own.
-                _ if !domain.running => true,
-                (Ok(_), Some(applied)) => {
-                    domain.wanted().is_some_and(|wanted| wanted.same_protection(applied))
-                }
-            };
-            if same {
-                return;
-            }
-            // Only the length of the epochs, or what is done on failures: that needs no new full copy.
-            let changed = domain.applied.as_ref().zip(domain.wanted()).and_then(|(applied, wanted)| {
-                let (was, mut now) = (applied.clone(), applied.clone());
-                now.epoch = wanted.epoch.or(was.epoch);
-                now.policy = wanted.policy.clone().or(was.policy.clone());
-                wanted.same_protection(&now).then_some((was, now))
-            });
-            match changed {
-                Some((was, now)) => {
-                    if let Some(epoch) = now.epoch.filter(|_| now.epoch != was.epoch) {
-                        out.push(Command::Pace(guest, epoch));
-                    }
-                    if let Some(policy) = now.policy.clone().filter(|_| now.policy != was.policy) {
-                        out.push(Command::Policy(guest, policy));
-                    }
-                    domain.applied = Some(now);
-                }
-                None => {
-                    domain.phase = Phase::Ending;
-                    out.push(Command::Unprotect(guest));
-                }
-            }
-        }
-        Phase::Protecting | Phase::Waiting { .. } | Phase::Ending | Phase::Off => {}
-    }
-}
-
-/// What this version cannot do for a mark that is otherwise right.
-fn wanted_in_vain(wanted: &Protect) -> Option<Failed> {
-    let never = |code: &str, reason: String, remedy: &str| {
-        Some(Failed { code: code.to_owned(), reason, remedy: remedy.to_owned(), time_helps: false })
-    };
-    if let Some(disk) = wanted.disks.iter().find(|disk| disk.replicated) {
-        let reason = format!("disk {} is to be replicated, which this version cannot do", disk.target);
-        return never("disk-policy", reason, "take the <disk> out; disks must be read-only");
-    }
-    if let Some(nic) = wanted.nics.iter().find(|nic| nic.output != wanted.output) {
-        let reason =
-            format!("the card {} is to differ from the others, which this version cannot do", nic.mac);
-        return never("nic-policy", reason, "take the <nic> out and say output='gated' or 'ungated' for all");
-    }
-    None
-}
-
-trait SameProtection {
-    /// Whether a protection for the other serves this one as well.
-    fn same_protection(&self, other: &Self) -> bool;
-}
-
-impl SameProtection for Protect {
-    fn same_protection(&self, other: &Self) -> bool {
-        // An epoch that is left to the agent is right whatever it is.
-        let epoch = self.epoch.is_none() || self.epoch == other.epoch;
-        let policy = self.policy.is_none() || self.policy == other.policy;
-        let same =
-            (&self.backup, self.insecure, self.output) == (&other.backup, other.insecure, other.output);
-        same && epoch && policy
-    }
-}
-
-/// Publishes what has changed, not too often.
-fn report(guest: GuestId, domain: &mut Domain, now: Instant, out: &mut Vec<Command>) {
-    if !domain.running {
-        return;
-    }
-    let state = state(domain);
-    let due = domain.published_at.is_none_or(|at| now >= at + REPORT_INTERVAL);
-    if domain.published.as_ref() != Some(&state) && due {
-        domain.published = Some(state.clone());
-        domain.published_at = Some(now);
-        out.push(Command::Report(guest, state));
-    }
-}
-
-fn state(domain: &Domain) -> Option<State> {
-    let wanted = domain.mark.as_ref().ok().and_then(Option::as_ref);
-    let following = matches!(domain.phase, Phase::Following | Phase::Ending);
-    if !domain.marked() && !following && domain.command.is_empty() {
-        return None;
-    }
-    let mut state = State {
-        backup: wanted.map(|wanted| wanted.backup.clone()).unwrap_or_default(),
-        command: domain.command.clone(),
-        ..State::default()
-    };
-    let failed = |state: &mut State, failed: &Failed| {
-        state.value = "failed".to_owned();
-        (state.code, state.detail) = (failed.code.clone(), failed.reason.clone());
-        state.remedy.clone_from(&failed.remedy);
-    };
-    match &domain.phase {
-        Phase::Idle if domain.report.value == "standby" => state.value.clone_from(&domain.report.value),
-        Phase::Idle => state.value = "off".to_owned(),
-        Phase::Off => {
-            state.value = "off".to_owned();
-            state.detail =
-                "an operator has ended the protection; change the element to begin anew".to_owned();
-        }
-        Phase::Protecting => state.value = "starting".to_owned(),
-        Phase::Waiting { failed: why, again } => {
-            failed(&mut state, why);
-            if again.is_some() {
-                state.detail.push_str("; it is tried again");
-            }
-        }
-        Phase::Following | Phase::Ending => {
-            let report = &domain.report;
-            (state.value, state.detail) = (report.value.clone(), report.detail.clone());
-            state.generation = report.generation;
-            state.by_metadata = true;
-            if !report.backup.is_empty() {
-                state.backup.clone_from(&report.backup);
-            }
-        }
-    }
-    if let Err(mistake) = &domain.mark {
-        if !following {
-            state.value = "invalid".to_owned();
-        }
-        state.code = "invalid-metadata".to_owned();
-        state.detail = mistake.clone();
-    }
-    Some(state)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The `plug` qdisc: its options, which no crate knows, and its counters.
 
-use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcStats2};
 
@@ -9,6 +9,9 @@ use crate::egress::{GateError, Held};
 
 /// Name of the qdisc.
 const PLUG: &str = "plug";
+
+/// Name of the qdisc that is none.
+const NO_QUEUE: &str = "noqueue";
 
 /// `TCA_OPTIONS` of linux/rtnetlink.h.
 const TCA_OPTIONS: u16 = 2;
@@ -54,6 +57,8 @@ fn root(index: u32) -> TcMessage {
 pub(in crate::egress) enum Root {
     /// What the kernel has put there.
     Default,
+    /// None at all, said so by somebody: libvirt does of every interface it makes.
+    NoQueue,
     /// Ours.
     Gate,
     /// Somebody else's, of this kind.
@@ -69,7 +74,8 @@ impl Route {
         limit_bytes: u32,
     ) -> Result<(), GateError> {
         let request = message(index, Action::Limit, limit_bytes);
-        let result = self.ask(request, NLM_F_CREATE | NLM_F_EXCL);
+        let instead = if self.root(index, name)? == Root::NoQueue { NLM_F_REPLACE } else { NLM_F_EXCL };
+        let result = self.ask(request, NLM_F_CREATE | instead);
         doing(result, || format!("make a plug qdisc on {name} (is the kernel module sch_plug there?)"))
             .map(drop)
     }
@@ -97,6 +103,7 @@ impl Route {
     pub(in crate::egress) fn root(&mut self, index: u32, name: &str) -> Result<Root, GateError> {
         Ok(match self.qdisc(root(index), name)? {
             Some(found) if found.header.handle == HANDLE && kind(&found) == PLUG => Root::Gate,
+            Some(found) if kind(&found) == NO_QUEUE => Root::NoQueue,
             // The kernel gives handles to none of its own choice.
             Some(found) if found.header.handle != TcHandle::UNSPEC => Root::Other(kind(&found).to_owned()),
             _ => Root::Default,
