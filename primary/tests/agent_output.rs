@@ -79,3 +79,20 @@ async fn a_guest_that_sends_too_much_is_held_for_its_commits() {
     wish(&handle, Wish::Unprotect).await;
     fake::end(&handle).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gate_that_somebody_takes_away_is_made_anew_and_a_full_copy_follows() {
+    let (guest, backup) = (FakeGuest::new(), StubBackup::listen().await);
+    let gate = FakeGate::new(&guest, &backup);
+    let handle = start_with(&guest, &backup, gate.open()).await;
+    eventually("epochs", || backup.committed() >= Some(5)).await;
+    let copies = backup.full_copies();
+    gate.take_away();
+    eventually("the gate is there again", || !gate.is_broken()).await;
+    eventually("a full copy", || backup.full_copies() > copies).await;
+    let out = gate.out().len();
+    eventually("frames", || gate.out().len() > out + 10).await;
+    assert_eq!(gate.early(), [0; 0]);
+    wish(&handle, Wish::Unprotect).await;
+    fake::end(&handle).await;
+}

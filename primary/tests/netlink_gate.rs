@@ -178,12 +178,24 @@ fn the_gate_holds_releases_survives_its_agent_and_loses_nothing() {
     world.send(15..17);
     world.arrive(0..0);
 
+    // As Open vSwitch does to its ports: it means another qdisc. Who means this one is noticed.
+    assert!(sh("! tc qdisc del dev gv0 ingress 2>/dev/null"));
+    keeper.intact().unwrap();
+    world.arrive(0..0);
+    assert!(sh("tc qdisc del dev gv0 clsact"));
+    assert!(matches!(keeper.intact(), Err(GateError::TakenAway { .. })));
+    assert!(matches!(keeper.stopped(EpochId(6), EpochKind::Delta), Err(GateError::Hole { .. })));
+    keeper.adjust(&ports).unwrap();
+    keeper.intact().unwrap();
+    world.send(15..17);
+    world.arrive(0..0);
+
     // Taken away with frames in it: none is lost, and what follows goes its usual way.
     keeper.remove().unwrap();
     world.arrive(15..17);
     world.send(17..19);
     world.arrive(17..19);
-    assert!(sh("! ip link show usg-gv0 2>/dev/null && test -z \"$(tc qdisc show dev gv0 ingress)\""));
+    assert!(sh("! ip link show usg-gv0 2>/dev/null && ! tc qdisc show dev gv0 | grep -E 'clsact|ingress'"));
 
     // What somebody else has put there is not touched.
     assert!(sh(
@@ -197,4 +209,16 @@ fn the_gate_holds_releases_survives_its_agent_and_loses_nothing() {
     world.arrive(19..20);
     let error = NetlinkGate::check(&[Port { device: "gone0".to_owned() }]).unwrap_err();
     assert_eq!(error.to_string(), "there is no network device gone0");
+
+    // A macvtap as libvirt makes it is gated at its root, and is as it was afterwards; one with a limit is refused.
+    assert!(sh("modprobe macvtap 2>/dev/null; ip link add mv0 link gv0 type macvtap mode bridge
+        ip link set mv0 up; tc qdisc replace dev mv0 root noqueue"));
+    let ports = [Port { device: "mv0".to_owned() }];
+    let keeper = install(&ports);
+    keeper.intact().unwrap();
+    assert!(sh("tc qdisc show dev mv0 | grep -q 'plug.*root'"));
+    keeper.remove().unwrap();
+    assert!(sh("tc qdisc show dev mv0 | grep -q 'noqueue.*root'"));
+    assert!(sh("tc qdisc replace dev mv0 root pfifo"));
+    assert!(matches!(NetlinkGate::check(&ports), Err(GateError::Occupied { .. })));
 }

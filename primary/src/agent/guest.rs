@@ -271,7 +271,10 @@ impl Guest {
                         self.apply_all(Event::OutputWaiting { pressing }).await;
                     }
                 }
-                Turn::Due => self.apply_all(Event::Tick).await,
+                Turn::Due => {
+                    self.guard_output();
+                    self.apply_all(Event::Tick).await;
+                }
                 Turn::Capture(None) | Turn::Stream(None) => {
                     // Only a panic there ends one of them before this does.
                     let text = "a part of the agent has failed; see its log".to_owned();

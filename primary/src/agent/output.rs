@@ -1,6 +1,7 @@
 //! What the owner of a guest does with the guest's output.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
@@ -9,11 +10,15 @@ use understudy_proto::rpc::admin::GuestState;
 
 use super::capturer::Call;
 use super::guest::Guest;
+use super::host::GuestHost;
 use crate::egress::{GateError, HIGH_WATER_BYTES, Held, SharedKeeper, State, Watch};
 use crate::engine::{Event, Outcome, OutcomeKind};
 
 /// Output that waits longer is said to be held.
 const LONG: Duration = Duration::from_secs(1);
+
+/// Between two looks whether the gate still stands.
+const GUARD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What makes a gate. It blocks.
 type Maker = Box<dyn FnOnce() -> Result<Gate, GateError> + Send>;
@@ -55,6 +60,8 @@ pub struct Gate {
     listening: bool,
     /// Since when something waits, as far as it is known.
     waiting_since: Option<Instant>,
+    /// When it was last seen to stand.
+    guarded_at: Instant,
 }
 
 /// What others see of it.
@@ -69,7 +76,7 @@ pub(super) struct Seen {
 impl Gate {
     /// With what tells of frames, if there is something.
     pub fn new(keeper: SharedKeeper, watch: Option<Watch>) -> Self {
-        Self { keeper, watch, listening: false, waiting_since: None }
+        Self { keeper, watch, listening: false, waiting_since: None, guarded_at: Instant::now() }
     }
 
     /// Returns when a frame may wait that has come in since the last stop.
@@ -177,6 +184,12 @@ pub(super) async fn let_out(keeper: Option<SharedKeeper>) {
     }
 }
 
+/// Gates the interfaces the guest has now.
+fn adjust(keeper: &SharedKeeper, host: &dyn GuestHost) -> Result<(), String> {
+    let ports = host.ports().inspect_err(|reason| keeper.unknown(reason.clone()))?;
+    keeper.adjust(&ports).map_err(|error| error.to_string())
+}
+
 impl Guest {
     /// The epoch is committed: its output goes (invariant 1).
     pub(super) fn release(&mut self, committed: Committed) {
@@ -196,24 +209,42 @@ impl Guest {
         gate.waiting_since = if gate.listening { None } else { Some(Instant::now()) };
     }
 
+    /// Looks now and then whether the gate still stands, and mends it: others have a hand in the host's network too. The
+    /// backup gets a full copy then, so that both sides and the network agree again.
+    pub(super) fn guard_output(&mut self) {
+        let Some(gate) = self.gate.as_mut().filter(|gate| gate.guarded_at.elapsed() >= GUARD_INTERVAL) else {
+            return;
+        };
+        gate.guarded_at = Instant::now();
+        let (keeper, host) = (gate.keeper.clone(), Arc::clone(&self.host));
+        self.in_background(move || {
+            keeper.intact().map_err(|error| {
+                let mended = adjust(&keeper, &*host);
+                error!(%error, mended = mended.is_ok(), "the output gate was broken by somebody else");
+                error.to_string()
+            })
+        });
+    }
+
     /// An interface was plugged in or out: it gets its gate, or loses it.
     pub(super) fn follow_interfaces(&self) {
         let Some(gate) = &self.gate else { return };
-        let (keeper, host, answers) =
-            (gate.keeper.clone(), std::sync::Arc::clone(&self.host), self.answers_in.clone());
-        tokio::task::spawn_blocking(move || {
-            let adjusted = match host.ports() {
-                Ok(ports) => keeper.adjust(&ports).map_err(|error| error.to_string()),
-                Err(reason) => {
-                    keeper.unknown(reason.clone());
-                    Err(reason)
-                }
-            };
-            if let Err(reason) = adjusted {
+        let (keeper, host) = (gate.keeper.clone(), Arc::clone(&self.host));
+        self.in_background(move || {
+            adjust(&keeper, &*host).inspect_err(|reason| {
                 error!(
                     reason,
                     "an interface of the guest is not gated: it is protected again when it can be"
                 );
+            })
+        });
+    }
+
+    /// Work on the gate that blocks; the engine hears of what fails.
+    fn in_background(&self, work: impl FnOnce() -> Result<(), String> + Send + 'static) {
+        let answers = self.answers_in.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(reason) = work() {
                 let _ = answers.blocking_send(Event::OutputFailed(reason));
             }
         });

@@ -107,6 +107,19 @@ impl SharedKeeper {
         result
     }
 
+    /// Looks whether the gate still stands.
+    ///
+    /// # Errors
+    /// See above; then no epoch ends until [`SharedKeeper::adjust`] succeeds.
+    pub fn intact(&self) -> Result<(), GateError> {
+        let mut keeper = self.lock();
+        let result = keeper.gate.intact();
+        if let Err(error) = &result {
+            keeper.hole = Some(error.to_string());
+        }
+        result
+    }
+
     /// It is not known which interfaces the guest has now.
     pub fn unknown(&self, reason: String) {
         self.lock().hole = Some(reason);

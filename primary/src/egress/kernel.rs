@@ -114,6 +114,19 @@ impl NetlinkGate {
         Ok(())
     }
 
+    /// Whether the gate is as it was made. That of a device that is gone is: nothing comes through it.
+    fn stands(&mut self, gated: &Gated) -> Result<bool, GateError> {
+        Ok(match look(&mut self.route, &gated.port) {
+            Ok(Place::Found { device, ifb }) => {
+                (device.index, ifb.map(|ifb| ifb.index))
+                    == (gated.device.index, gated.ifb.as_ref().map(|ifb| ifb.index))
+            }
+            Ok(Place::Free { .. }) | Err(GateError::Occupied { .. }) => false,
+            Err(GateError::NoDevice { .. }) => true,
+            Err(error) => return Err(error),
+        })
+    }
+
     fn tell_all(&mut self, action: Action) -> Result<(), GateError> {
         // All of them, whatever happens to one: what is not told holds too much, and that is mended by a full copy.
         let mut result = Ok(());
@@ -169,7 +182,14 @@ impl OutputGate for NetlinkGate {
     fn adjust(&mut self, ports: &[Port], shut: bool) -> Result<(), GateError> {
         let (stay, go): (Vec<_>, Vec<_>) =
             self.gated.drain(..).partition(|gated| ports.contains(&gated.port));
-        self.gated = stay;
+        // Those that somebody took away are made anew below, out of what is left of them.
+        for gated in stay {
+            if self.stands(&gated)? {
+                self.gated.push(gated);
+            } else {
+                self.watcher.forget(gated.device.index);
+            }
+        }
         for gated in go {
             info!(device = gated.port.device, "the interface is gone, and its gate with it");
             self.take_away(&gated)?;
@@ -182,6 +202,17 @@ impl OutputGate for NetlinkGate {
             }
         }
         Ok(())
+    }
+
+    fn intact(&mut self) -> Result<(), GateError> {
+        let gated = std::mem::take(&mut self.gated);
+        let result = gated.iter().try_for_each(|gated| match self.stands(gated) {
+            Ok(false) => Err(GateError::TakenAway { device: gated.port.device.clone() }),
+            Ok(true) => Ok(()),
+            Err(error) => Err(error),
+        });
+        self.gated = gated;
+        result
     }
 
     fn remove(&mut self) -> Result<(), GateError> {
@@ -239,7 +270,8 @@ fn look(route: &mut Route, port: &Port) -> Result<Place, GateError> {
     }
     match (route.incoming(device.index, name)?, ifb) {
         (Incoming::Plain, remains) => Ok(Place::Free { device, remains, ingress: false }),
-        (Incoming::Idle(kind), remains @ Some(_)) if kind == "ingress" => {
+        // `ingress` is what agents before 0.1 made.
+        (Incoming::Idle(kind), remains @ Some(_)) if ["clsact", "ingress"].contains(&kind.as_str()) => {
             Ok(Place::Free { device, remains, ingress: true })
         }
         (Incoming::Redirected(to), Some(ifb))

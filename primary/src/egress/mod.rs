@@ -84,6 +84,12 @@ pub enum GateError {
         /// How long they had.
         limit: Duration,
     },
+    /// Somebody else has a hand in the host's network.
+    #[error("somebody has taken the gate of {device} away: what the guest said since may have left early")]
+    TakenAway {
+        /// The interface.
+        device: String,
+    },
     /// An interface of the guest has no gate.
     #[error("an interface of the guest is not gated: {reason}")]
     Hole {
@@ -114,6 +120,12 @@ pub trait OutputGate: Send {
     /// Gates the interfaces the guest has now and takes away the gates of those it has no longer. A new one holds
     /// everything from the start if `shut`.
     fn adjust(&mut self, ports: &[Port], shut: bool) -> Result<(), GateError>;
+
+    /// Whether all of it still stands; [`OutputGate::adjust`] mends it.
+    ///
+    /// # Errors
+    /// [`GateError::TakenAway`] if not.
+    fn intact(&mut self) -> Result<(), GateError>;
 
     /// Lets everything out and takes the gate away, in the order that loses no frame.
     fn remove(&mut self) -> Result<(), GateError>;

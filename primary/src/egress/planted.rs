@@ -87,6 +87,11 @@ impl OutputGate for Planted {
         self.gate.adjust(ports, shut)
     }
 
+    /// A planted fault is to stay.
+    fn intact(&mut self) -> Result<(), GateError> {
+        Ok(())
+    }
+
     fn remove(&mut self) -> Result<(), GateError> {
         self.gate.remove()
     }

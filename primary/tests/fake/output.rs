@@ -31,6 +31,8 @@ struct Wire {
     /// Bytes of every frame beyond its own.
     ballast: u64,
     removed: bool,
+    /// Somebody has taken it away.
+    broken: bool,
 }
 
 impl Wire {
@@ -82,6 +84,17 @@ impl FakeGate {
         self.lock().ballast = bytes;
     }
 
+    /// Somebody takes it away: what waits is lost, what comes leaves at once.
+    pub(crate) fn take_away(&self) {
+        let mut wire = self.lock();
+        wire.waiting.clear();
+        (wire.sealed, wire.open, wire.broken) = (0, true, true);
+    }
+
+    pub(crate) fn is_broken(&self) -> bool {
+        self.lock().broken
+    }
+
     pub(crate) fn out(&self) -> Vec<u64> {
         self.lock().out.clone()
     }
@@ -125,8 +138,16 @@ impl OutputGate for FakeGate {
         Ok(Held { frames, bytes: frames * (FRAME_BYTES + wire.ballast), dropped: 0 })
     }
 
-    fn adjust(&mut self, _: &[Port], _: bool) -> Result<(), GateError> {
+    fn adjust(&mut self, _: &[Port], shut: bool) -> Result<(), GateError> {
+        let mut wire = self.lock();
+        if std::mem::take(&mut wire.broken) {
+            wire.open = !shut;
+        }
         Ok(())
+    }
+
+    fn intact(&mut self) -> Result<(), GateError> {
+        if self.lock().broken { Err(GateError::TakenAway { device: "vnet0".to_owned() }) } else { Ok(()) }
     }
 
     fn remove(&mut self) -> Result<(), GateError> {

@@ -18,6 +18,10 @@ const ETH_P_ALL: u16 = 3;
 /// Where filters of what comes in are attached, with the qdiscs `ingress` and `clsact` alike.
 const INCOMING: TcHandle = TcHandle { major: 0xffff, minor: TcHandle::MIN_INGRESS };
 
+/// The qdisc the redirect is in. Not `ingress`: Open vSwitch takes that one away from its ports whenever any device of
+/// the host changes, by that name.
+const PLACE: &str = "clsact";
+
 /// What a tap does with what comes in from the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::egress) enum Incoming {
@@ -127,9 +131,9 @@ impl Route {
     pub(in crate::egress) fn add_ingress(&mut self, index: u32, name: &str) -> Result<(), GateError> {
         let mut message = incoming_qdisc(index);
         message.header.handle = TcHandle { major: 0xffff, minor: 0 };
-        message.attributes.push(TcAttribute::Kind("ingress".to_owned()));
+        message.attributes.push(TcAttribute::Kind(PLACE.to_owned()));
         let result = self.ask(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL);
-        doing(result, || format!("make an ingress qdisc on {name}")).map(drop)
+        doing(result, || format!("make a {PLACE} qdisc on {name}")).map(drop)
     }
 
     /// Sends everything that comes in from the guest to the device `to`.

@@ -129,6 +129,10 @@ impl OutputGate for PlugGate {
         Ok(())
     }
 
+    fn intact(&mut self) -> Result<(), GateError> {
+        Ok(())
+    }
+
     fn remove(&mut self) -> Result<(), GateError> {
         let mut plug = lock(&self.plug);
         if !plug.dead {
