@@ -270,7 +270,7 @@ fn look(route: &mut Route, port: &Port) -> Result<Place, GateError> {
     }
     match (route.incoming(device.index, name)?, ifb) {
         (Incoming::Plain, remains) => Ok(Place::Free { device, remains, ingress: false }),
-        // `ingress` is what agents before 0.1 made.
+        // `ingress` is what earlier agents made.
         (Incoming::Idle(kind), remains @ Some(_)) if ["clsact", "ingress"].contains(&kind.as_str()) => {
             Ok(Place::Free { device, remains, ingress: true })
         }

@@ -2,7 +2,7 @@
 //! (invariant 1), and not at all while nobody is there to say so (invariant 7).
 //!
 //! ```text
-//! tap of the guest --ingress: redirect all--> ifb, root qdisc `plug` --released--> bridge or Open vSwitch
+//! tap of the guest --clsact: redirect all--> ifb, root qdisc `plug` --released--> bridge or Open vSwitch
 //! macvtap, root qdisc `plug` --released--> network
 //! ```
 //!

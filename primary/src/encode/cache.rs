@@ -168,14 +168,17 @@ impl PageCache {
 
     /// A page becomes zeros.
     pub fn zero(&mut self, block: BlockIndex, page: PageIndex) {
-        let epoch = self.epoch();
-        let Some(at) = self.index.get(&key(block, page)).map(|at| *at as usize) else { return };
-        if let Some(slot) = self.slots.get_mut(at) {
-            slot.epoch = epoch;
-        }
-        if let Some(page) = self.page(at) {
+        if let Some(page) = self.held(block, page) {
             page.fill(0);
         }
+    }
+
+    /// A page is written and sent without its difference: its place, if it has one, for the new content.
+    pub fn held(&mut self, block: BlockIndex, page: PageIndex) -> Option<&mut PageData> {
+        let epoch = self.epoch();
+        let at = *self.index.get(&key(block, page))? as usize;
+        self.slots.get_mut(at)?.epoch = epoch;
+        self.page(at)
     }
 
     /// Counters since the cache was made.

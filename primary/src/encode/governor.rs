@@ -7,7 +7,8 @@
 //! plans that are not in use drift back to what is usual, so that a plan that failed is tried again some day.
 //!
 //! It holds to raw within [`MAX_LOSS`] at once, and otherwise changes only for [`MIN_GAIN`] and not within a number of
-//! epochs that doubles with every change and halves with quiet ones.
+//! epochs that doubles with every change and halves with quiet ones. From raw, a plan is first tried with a part of the
+//! pages of a few epochs: what is usual may be far from what this guest, host and link are like.
 
 use std::time::Duration;
 
@@ -41,6 +42,12 @@ const MAX_HOLD: u32 = 1024;
 
 /// Epochs in which a cache that was just begun fills; what it finds in them says nothing.
 const WARM_UP: u32 = 6;
+
+/// Epochs of a trial: those in which its cache fills, and some that tell.
+const TRIAL: u32 = WARM_UP + 6;
+
+/// One page of so many takes part in it.
+const TRIAL_PART: f64 = 8.0;
 
 /// How an epoch is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -109,6 +116,8 @@ pub struct Seen {
     pub known: Work,
     /// All others.
     pub fresh: Work,
+    /// Beside a trial of the plan: pages that went as they were.
+    pub rest: Work,
     /// Bytes sent and how long the link took for them, until the answer; `None` if that is not known.
     pub transfer: Option<(u64, Duration)>,
     /// CPUs of the host that had nothing to do.
@@ -169,6 +178,8 @@ pub struct Governor {
     since_change: u32,
     /// Epochs with pages of each class since the plan is in use.
     tried: [u32; 2],
+    /// What is tried beside raw, and the epochs that are left for it.
+    trial: Option<(Plan, u32)>,
 }
 
 impl Default for Governor {
@@ -192,6 +203,7 @@ impl Governor {
             hold: MIN_HOLD,
             since_change: MIN_HOLD,
             tried: [0; 2],
+            trial: None,
         }
     }
 
@@ -200,9 +212,25 @@ impl Governor {
         Self { plan, is_fixed: true, ..Self::new() }
     }
 
+    /// One that tries a plan for ever.
+    #[cfg(test)]
+    pub(super) fn trying(plan: Plan) -> Self {
+        Self { trial: Some((plan, u32::MAX)), ..Self::new() }
+    }
+
     /// The plan of the next epoch.
     pub fn plan(&self) -> Plan {
         self.plan
+    }
+
+    /// What the first pages of the next epoch are encoded with instead, and how many.
+    pub fn trial(&self) -> Option<(Plan, u64)> {
+        self.trial.map(|(plan, _)| (plan, (self.pages / TRIAL_PART).ceil().max(1.0) as u64))
+    }
+
+    /// The plan that is looked at.
+    fn active(&self) -> Plan {
+        self.trial.map_or(self.plan, |(plan, _)| plan)
     }
 
     /// Measured speed of the link, bytes a second.
@@ -238,6 +266,15 @@ impl Governor {
         if self.since_change.is_multiple_of(16 * self.hold) {
             self.hold = (self.hold / 2).max(MIN_HOLD);
         }
+        if let Some((plan, left)) = &mut self.trial
+            && plan.is_allowed(codecs)
+        {
+            *left = left.saturating_sub(u32::from(seen.plan == *plan));
+            if *left > 0 {
+                return None;
+            }
+        }
+        let tried = self.trial.take().map(|(plan, _)| plan);
         let raw = self.predicted_seconds(Plan::Raw);
         let now = self.predicted_seconds(self.plan);
         let allowed = Plan::ALL.into_iter().filter(|plan| plan.is_allowed(codecs));
@@ -246,8 +283,17 @@ impl Governor {
         // What saves too little of raw to be sure of it is no better than raw.
         let (best, time) = if raw - time < MIN_SAVING { (Plan::Raw, raw) } else { (best, time) };
         let must = !self.plan.is_allowed(codecs) || now > raw * MAX_LOSS;
-        let may = self.since_change >= self.hold && time < now * MIN_GAIN;
+        let may = (tried.is_some() || self.since_change >= self.hold) && time < now * MIN_GAIN;
+        if tried.is_some() && !may {
+            // It was no better: not again so soon.
+            self.rest();
+        }
         if self.is_fixed || best == self.plan || !(must || may) {
+            return None;
+        }
+        if self.plan == Plan::Raw && tried != Some(best) {
+            self.begin(best);
+            self.trial = Some((best, TRIAL));
             return None;
         }
         let reason = format!(
@@ -259,14 +305,24 @@ impl Governor {
             raw * 1e3,
         );
         let change = Change { from: self.plan, to: best, reason };
-        if best.uses_cache() && !self.plan.uses_cache() {
+        self.begin(best);
+        self.plan = best;
+        self.rest();
+        Some(change)
+    }
+
+    /// A plan is about to be used.
+    fn begin(&mut self, plan: Plan) {
+        if plan.uses_cache() && !self.active().uses_cache() {
             self.warm_up = WARM_UP;
         }
-        self.plan = best;
         self.tried = [0; 2];
+    }
+
+    /// Nothing changes for a while, each time for longer.
+    fn rest(&mut self) {
         self.since_change = 0;
         self.hold = (self.hold * 2).min(MAX_HOLD);
-        Some(change)
     }
 
     /// Seconds an average epoch takes under a plan, from its first page to the backup's answer.
@@ -284,11 +340,13 @@ impl Governor {
     }
 
     fn learn(&mut self, seen: &Seen) {
-        let pages = (seen.known.pages + seen.fresh.pages) as f64;
+        let encoded = (seen.known.pages + seen.fresh.pages) as f64;
+        let pages = encoded + seen.rest.pages as f64;
         if pages > 0.0 {
             average(&mut self.pages, pages);
         }
-        if self.plan.uses_cache() && !seen.plan.uses_cache() {
+        let active = self.active();
+        if active.uses_cache() && !seen.plan.uses_cache() {
             // A full copy has emptied the cache.
             self.warm_up = WARM_UP;
         }
@@ -308,17 +366,17 @@ impl Governor {
             // What is usual gives way to the first epochs at once: sizes have no hiccups, and a plan that does not pay is left
             // after a few.
             let mut weight = WEIGHT;
-            if seen.plan == self.plan {
+            if seen.plan == active {
                 self.tried[class] = self.tried[class].saturating_add(1);
                 weight = weight.max(1.0 / f64::from(self.tried[class]));
             }
             cost.bytes += (work.bytes as f64 / work.pages as f64 - cost.bytes) * weight;
         }
-        if seen.plan.uses_cache() && pages > 0.0 {
+        if seen.plan.uses_cache() && encoded > 0.0 {
             if self.warm_up > 0 {
                 self.warm_up -= 1;
             } else {
-                average(&mut self.known_share, seen.known.pages as f64 / pages);
+                average(&mut self.known_share, seen.known.pages as f64 / encoded);
             }
         }
         if !seen.plan.uses_cache() {

@@ -137,14 +137,18 @@ struct OpenEpoch {
     kind: EpochKind,
     known: Work,
     fresh: Work,
+    /// Of a trial: pages it is still made with. `None` if all are.
+    trial: Option<u64>,
+    /// Beside those: pages that went as they were.
+    rest: Work,
     raw_bytes: u64,
     pages: [u64; Codec::ALL.len()],
 }
 
 impl OpenEpoch {
     fn new(plan: Plan, kind: EpochKind) -> Self {
-        let (known, fresh) = (Work::default(), Work::default());
-        Self { plan, kind, known, fresh, raw_bytes: 0, pages: Default::default() }
+        let [known, fresh, rest] = [Work::default(); 3];
+        Self { plan, kind, known, fresh, trial: None, rest, raw_bytes: 0, pages: Default::default() }
     }
 }
 
@@ -203,7 +207,9 @@ impl Recoder {
                 counters.reason = self.governor.outlook(codecs);
             }
         }
-        let mut plan = self.governor.plan();
+        let trial =
+            self.governor.trial().filter(|(plan, _)| kind == EpochKind::Delta && plan.is_allowed(codecs));
+        let mut plan = trial.map_or(self.governor.plan(), |(plan, _)| plan);
         if kind == EpochKind::Full {
             // It has nothing to refer to.
             plan = if matches!(plan, Plan::DeltaLz4 | Plan::DeltaBatch) { Plan::Lz4 } else { plan };
@@ -219,7 +225,7 @@ impl Recoder {
         }
         let builder = if plan == Plan::DeltaBatch { FrameBuilder::batched() } else { FrameBuilder::new() };
         self.builder = builder.again();
-        self.epoch = OpenEpoch::new(plan, kind);
+        self.epoch = OpenEpoch { trial: trial.map(|(_, pages)| pages), ..OpenEpoch::new(plan, kind) };
     }
 
     /// Takes a frame of raw and zero pages; gives frames that are ready.
@@ -236,6 +242,13 @@ impl Recoder {
             out.extend(builder.push_frame(frame, 0));
             return Ok(());
         };
+        if epoch.trial == Some(0) {
+            let pages = pass(&frame, layout, reader, cache)?;
+            epoch.rest.pages += pages;
+            epoch.rest.bytes += frame.len() as u64;
+            out.extend(builder.push_frame(frame, 0));
+            return Ok(());
+        }
         let cached = epoch.plan.uses_cache();
         let lz4 = epoch.plan.compresses_pages();
         let mut before = Instant::now();
@@ -278,6 +291,7 @@ impl Recoder {
             }
             let now = Instant::now();
             if content.is_some() {
+                epoch.trial = epoch.trial.map(|left| left.saturating_sub(1));
                 class.pages += 1;
                 class.bytes += (RECORD_HEADER_BYTES + encoded.payload.len()) as u64;
                 class.time += now - before;
@@ -299,16 +313,17 @@ impl Recoder {
         if epoch.plan == Plan::DeltaBatch {
             // What the batches saved is shared out by size.
             let before = epoch.known.bytes + epoch.fresh.bytes;
+            let sent = totals.frame_bytes.saturating_sub(epoch.rest.bytes);
             for class in [&mut epoch.known, &mut epoch.fresh] {
-                class.bytes = class.bytes.saturating_mul(totals.frame_bytes).checked_div(before).unwrap_or(0);
+                class.bytes = class.bytes.saturating_mul(sent).checked_div(before).unwrap_or(0);
             }
         }
         // A full copy tells of the link, but its pages are not what deltas are like.
-        let (known, fresh) = match epoch.kind {
-            EpochKind::Delta => (epoch.known, epoch.fresh),
+        let (known, fresh, rest) = match epoch.kind {
+            EpochKind::Delta => (epoch.known, epoch.fresh, epoch.rest),
             EpochKind::Full => Default::default(),
         };
-        self.seen = Some(Seen { plan: epoch.plan, known, fresh, transfer: None, spare_cpus: 0.0 });
+        self.seen = Some(Seen { plan: epoch.plan, known, fresh, rest, transfer: None, spare_cpus: 0.0 });
         let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
         if counters.plan.is_empty() {
             counters.plan = self.governor.plan().name();
@@ -320,6 +335,26 @@ impl Recoder {
         counters.cache_bytes = self.cache.bytes() as u64;
         (last, totals)
     }
+}
+
+/// A frame goes as it is: the cache follows where it holds one of its pages. Gives the number of pages with content.
+fn pass(
+    frame: &Bytes,
+    layout: &Arc<MemoryLayout>,
+    reader: &mut FrameReader,
+    cache: &mut PageCache,
+) -> Result<u64, ProtocolError> {
+    let mut pages = 0;
+    reader.read(frame, layout, |record| {
+        let held = cache.held(record.block, record.page);
+        pages += u64::from(record.codec == Codec::Raw);
+        if let Some(held) = held {
+            held.fill(0);
+            held.iter_mut().zip(record.payload).for_each(|(to, from)| *to = *from);
+        }
+        Ok(())
+    })?;
+    Ok(pages)
 }
 
 #[cfg(test)]

@@ -121,12 +121,16 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// Under every plan, and whatever is lost between: the backup has what the guest has.
+    /// Under every plan, or while it is tried with some of the pages, and whatever is lost between: the backup has what
+    /// the guest has.
     #[test]
-    fn the_backup_has_what_the_guest_has(steps in steps(), plan in prop::sample::select(Plan::ALL.to_vec())) {
-        let (mut guest, mut backup) = (Guest::new(Governor::fixed(plan)), Backup::default());
+    fn the_backup_has_what_the_guest_has(
+        steps in steps(), plan in prop::sample::select(Plan::ALL.to_vec()), trial: bool,
+    ) {
+        let governor = if trial { Governor::trying(plan) } else { Governor::fixed(plan) };
+        let (mut guest, mut backup) = (Guest::new(governor), Backup::default());
         let (mut memory, mut codecs) = (BTreeMap::new(), ALL);
         let full = |guest: &mut Guest, backup: &mut Backup, memory: &BTreeMap<u64, Box<PageData>>, codecs| {
             let pages = memory.iter().map(|(page, content)| (*page, content.clone())).collect();
