@@ -47,7 +47,7 @@ const WARM_UP: u32 = 6;
 const TRIAL: u32 = WARM_UP + 6;
 
 /// One page of so many takes part in it.
-const TRIAL_PART: f64 = 8.0;
+const TRIAL_PART: u64 = 8;
 
 /// How an epoch is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -169,6 +169,8 @@ pub struct Governor {
     costs: [[Cost; 2]; 5],
     /// Pages of an epoch.
     pages: f64,
+    /// Of the last one.
+    last_pages: u64,
     /// Share of pages that the cache knows while it is used.
     known_share: f64,
     link: Link,
@@ -196,6 +198,7 @@ impl Governor {
             is_fixed: false,
             costs: USUAL,
             pages: 0.0,
+            last_pages: 0,
             known_share: USUAL_KNOWN,
             link: Link::default(),
             spare_cpus: 1.0,
@@ -225,7 +228,7 @@ impl Governor {
 
     /// What the first pages of the next epoch are encoded with instead, and how many.
     pub fn trial(&self) -> Option<(Plan, u64)> {
-        self.trial.map(|(plan, _)| (plan, (self.pages / TRIAL_PART).ceil().max(1.0) as u64))
+        self.trial.map(|(plan, _)| (plan, (self.last_pages / TRIAL_PART).max(1)))
     }
 
     /// The plan that is looked at.
@@ -341,7 +344,8 @@ impl Governor {
 
     fn learn(&mut self, seen: &Seen) {
         let encoded = (seen.known.pages + seen.fresh.pages) as f64;
-        let pages = encoded + seen.rest.pages as f64;
+        self.last_pages = seen.known.pages + seen.fresh.pages + seen.rest.pages;
+        let pages = self.last_pages as f64;
         if pages > 0.0 {
             average(&mut self.pages, pages);
         }
