@@ -231,8 +231,15 @@ fn a_protection_that_breaks_is_begun_again() {
 
 #[test]
 fn an_operators_word_counts_until_the_mark_changes() {
+    // Seen as it happens, or when it is over.
+    for end in [Protection::Over(Ended::ByOperator), Protection::None] {
+        an_operators_word_counts(end);
+    }
+}
+
+fn an_operators_word_counts(end: Protection) {
     let mut bench = Bench::protected();
-    assert_eq!(bench.fares(Protection::None), []);
+    assert_eq!(bench.fares(end), []);
     assert_eq!(bench.after(RETRY_MAX * 2), []);
     assert_eq!(bench.state().value, "off");
     assert_eq!(bench.changed(found(Some(on()))), []);
