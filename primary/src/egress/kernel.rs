@@ -151,7 +151,7 @@ impl NetlinkGate {
         self.watcher.forget(gated.device.index);
         let there = self.route.device(&gated.device.name)?.is_some_and(|now| now.index == gated.device.index);
         let Some(ifb) = &gated.ifb else {
-            return if there { self.route.delete_plug(plug.index, &plug.name) } else { Ok(()) };
+            return if there { self.route.replace_plug(plug.index, &plug.name) } else { Ok(()) };
         };
         if there {
             self.route.delete_ingress(gated.device.index, &gated.device.name)?;

@@ -91,11 +91,11 @@ impl Route {
             .map(drop)
     }
 
-    /// Takes a `plug` away, with all it holds.
-    pub(in crate::egress) fn delete_plug(&mut self, index: u32, name: &str) -> Result<(), GateError> {
+    /// Takes a `plug` away, with all it holds. In its place comes `noqueue`, as libvirt gives it to a macvtap.
+    pub(in crate::egress) fn replace_plug(&mut self, index: u32, name: &str) -> Result<(), GateError> {
         let mut message = root(index);
-        message.header.handle = HANDLE;
-        let result = self.ask(RouteNetlinkMessage::DelQueueDiscipline(message), 0);
+        message.attributes = vec![TcAttribute::Kind(NO_QUEUE.to_owned())];
+        let result = self.ask(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_REPLACE);
         doing(result, || format!("take the plug of {name} away")).map(drop)
     }
 
