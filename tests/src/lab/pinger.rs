@@ -148,7 +148,7 @@ fn receive(socket: &OwnedFd, from: Ipv4Addr) -> Option<u16> {
     }
 }
 
-/// What a guest answers, heard on its network card, before the gate.
+/// What a guest answers, heard on its network card: before the gate, but on a macvtap, which has the gate itself, behind it.
 #[derive(Debug)]
 pub(crate) struct Said(PathBuf);
 
@@ -161,8 +161,8 @@ impl Said {
             host,
             &format!(
                 "kill $(cat /run/lab/said.pid 2>/dev/null) 2>/dev/null; rm -f {path} {path}.log
-                card=$(virsh domiflist {guest} | awk '$2 == \"bridge\" {{ print $1 }}')
-                tcpdump -i $card -Q in --immediate-mode -l -n -Z root icmp > {path} 2> {path}.log < /dev/null &
+                set -- $(virsh -q domiflist {guest} | awk '{{ print $1, $2 == \"direct\" ? \"out\" : \"in\"; exit }}')
+                tcpdump -i $1 -Q $2 --immediate-mode -l -n -Z root icmp > {path} 2> {path}.log < /dev/null &
                 echo $! > /run/lab/said.pid
                 for i in $(seq 100); do grep -q 'listening on' {path}.log && exit 0; sleep 0.1; done
                 cat {path}.log >&2; exit 1"
