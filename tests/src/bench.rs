@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: builds a measurement in release mode and runs it.
 
+mod agents;
 mod failover;
 
 use std::path::PathBuf;
@@ -37,6 +38,8 @@ pub(crate) enum Bench {
     Load,
     /// How long failovers in the lab take, part by part
     Failover,
+    /// Memory of both agents, whole, in the lab
+    Agents,
 }
 
 /// A measurement of this package, in release mode; its arguments follow.
@@ -57,6 +60,7 @@ pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Resul
     let name = match bench {
         // In the lab, by this program itself.
         Bench::Failover => return failover::run(json.as_deref(), more),
+        Bench::Agents => return agents::run(json.as_deref()),
         Bench::Latency => return crate::scenarios::latency::run(json.as_deref()),
         Bench::Load | Bench::Transfer => None,
         Bench::Pause => Some("pause"),

@@ -100,6 +100,12 @@ fn protected(lab: &Lab, options: &[&str], limit: Duration) -> Result<Guest> {
     Ok(guest)
 }
 
+/// Guest g1 on alpha, protected, rewriting so many pages all the time.
+pub(crate) fn busy(lab: &Lab, pages: u32) -> Result<()> {
+    let mut guest = protected(lab, &[], UP)?;
+    guest.must(&format!("dirty {pages} 20")).map(drop)
+}
+
 /// What is done to a protected guest that runs on alpha, and leaves it protected and running there.
 type Step = (&'static str, fn(&Lab, &mut Guest) -> Result<()>);
 
