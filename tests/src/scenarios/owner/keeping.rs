@@ -18,8 +18,10 @@ use crate::lab::verify::Verify;
 use crate::scenarios::{SHAPES, start_shaped};
 use crate::{process, workspace};
 
+use super::logs;
+
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
-const WATCHDOG: &str = "understudy-watchdog";
+pub(super) const WATCHDOG: &str = "understudy-watchdog";
 const WITNESS_PORT: u16 = 7421;
 const HEARTBEAT_PORT: u16 = 7422;
 /// Emulated hosts stand still for seconds, now and then.
@@ -46,7 +48,7 @@ pub(super) struct Keeping<'a> {
     /// Term of the last report.
     reported: u64,
     /// From where the logs of the watchdogs are read.
-    from: [usize; 2],
+    from: logs::Ends,
 }
 
 impl<'a> Keeping<'a> {
@@ -66,7 +68,7 @@ impl<'a> Keeping<'a> {
             boot: first.boot,
             total: first.total,
             reported: 0,
-            from: [0; 2],
+            from: logs::Ends::default(),
         };
         this.witness_up()?;
         this.mark();
@@ -126,18 +128,12 @@ impl<'a> Keeping<'a> {
 
     /// What is waited for in the logs comes from now on.
     pub(super) fn mark(&mut self) {
-        self.from = HostName::ALL.map(|host| self.said(host).len());
-    }
-
-    fn said(&self, host: HostName) -> String {
-        let log = self.lab.dir().shared().join("log").join(format!("{host}-{WATCHDOG}.log"));
-        fs::read_to_string(log).unwrap_or_default()
+        self.from = logs::ends(self.lab);
     }
 
     /// What the watchdog of a host has said since the mark.
     pub(super) fn said_since(&self, host: HostName) -> String {
-        let from = HostName::ALL.iter().position(|one| *one == host).map_or(0, |at| self.from[at]);
-        self.said(host).get(from..).unwrap_or_default().to_owned()
+        logs::said(self.lab, host, &self.from)
     }
 
     pub(super) fn wait_said(&self, host: HostName, words: &str) -> Result<String> {

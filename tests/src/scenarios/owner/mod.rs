@@ -1,6 +1,7 @@
 //! Nobody is asked: the watchdogs of the hosts and a witness decide who runs a guest.
 
 mod keeping;
+mod logs;
 mod partitions;
 
 use std::time::{Duration, Instant};
@@ -13,23 +14,34 @@ use crate::lab::plan::{HostName, Link, Net};
 use crate::lab::understudy::Role;
 use HostName::{Alpha, Beta};
 use keeping::Keeping;
+use logs::accepted;
 
 pub(super) const SCENARIOS: &[Scenario] =
-    &[("owner: a power cut is noticed and the guest promoted without anybody", unattended)];
+    &[("owner: a power cut is noticed and the guest promoted without anybody", |lab| {
+        accepted(lab, unattended)
+    })];
 
 /// Not for every run: `cargo xtask campaign owner`.
 pub(super) const ON_REQUEST: &[Scenario] = &[
-    ("owner-more: a power cut, protected again, home again, and to the other host, without anybody", round),
-    ("owner-more: witness lost, link cut, QEMU hangs, QEMU dies, agent dies, one after the other", in_turn),
-    ("owner-more: three times from host to host and back", |lab| rounds(lab, 3)),
-    ("owner-more: the witness and then the primary are lost", partitions::witness_then_primary),
-    ("owner-more: the primary is cut off from everything", partitions::cut_off),
-    ("owner-more: the agent stands still and goes on", partitions::agent_stands_still),
-    ("owner-more: the backup is lost and back, output is held", |lab| partitions::backup_lost(lab, "hold")),
-    ("owner-more: the backup is lost and back, the guest goes on alone", |lab| {
-        partitions::backup_lost(lab, "solo")
+    ("owner-more: a power cut, protected again, home again, and to the other host, without anybody", |lab| {
+        accepted(lab, round)
     }),
-    ("owner-more: both hosts are lost and back", partitions::both_lost),
+    ("owner-more: witness lost, link cut, QEMU hangs, QEMU dies, agent dies, one after the other", |lab| {
+        accepted(lab, in_turn)
+    }),
+    ("owner-more: three times from host to host and back", |lab| accepted(lab, |lab| rounds(lab, 3))),
+    ("owner-more: the witness and then the primary are lost", |lab| {
+        accepted(lab, partitions::witness_then_primary)
+    }),
+    ("owner-more: the primary is cut off from everything", |lab| accepted(lab, partitions::cut_off)),
+    ("owner-more: the agent stands still and goes on", |lab| accepted(lab, partitions::agent_stands_still)),
+    ("owner-more: the backup is lost and back, output is held", |lab| {
+        accepted(lab, |lab| partitions::backup_lost(lab, "hold"))
+    }),
+    ("owner-more: the backup is lost and back, the guest goes on alone", |lab| {
+        accepted(lab, |lab| partitions::backup_lost(lab, "solo"))
+    }),
+    ("owner-more: both hosts are lost and back", |lab| accepted(lab, partitions::both_lost)),
 ];
 
 const WITNESS_ON: Net = Net::Mgmt;
@@ -130,6 +142,10 @@ fn link_cut(keeping: &mut Keeping) -> Result<()> {
 
 /// QEMU dies, now here and now there; gives the report of every takeover.
 pub(crate) fn takeovers(lab: &Lab, count: usize) -> Result<Vec<serde_json::Value>> {
+    accepted(lab, |lab| taken_over_and_over(lab, count))
+}
+
+fn taken_over_and_over(lab: &Lab, count: usize) -> Result<Vec<serde_json::Value>> {
     let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
     let mut on = Alpha;
     (0..count)
