@@ -1,12 +1,13 @@
 //! Nobody is asked: the watchdogs of the hosts and a witness decide who runs a guest.
 
+mod fencing;
 mod keeping;
 mod logs;
 mod partitions;
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::{Scenario, up};
 use crate::lab::Lab;
@@ -33,6 +34,10 @@ pub(super) const ON_REQUEST: &[Scenario] = &[
     ("owner-more: the witness and then the primary are lost", |lab| {
         accepted(lab, partitions::witness_then_primary)
     }),
+    ("owner-more: the primary's power and its fencing are lost", |lab| accepted(lab, fencing::power_lost)),
+    ("owner-more: the witness, the primary's power and its fencing are lost", |lab| {
+        accepted(lab, fencing::witness_and_power_lost)
+    }),
     ("owner-more: the primary is cut off from everything", |lab| accepted(lab, partitions::cut_off)),
     ("owner-more: the agent stands still and goes on", |lab| accepted(lab, partitions::agent_stands_still)),
     ("owner-more: the backup is lost and back, output is held", |lab| {
@@ -56,11 +61,10 @@ fn round(lab: &Lab) -> Result<()> {
     let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
     power_cut(&mut keeping, Alpha)?;
     let report = keeping.report(Beta)?;
-    let bound = lab.must_understudy(Beta, &["explain", "g1", "--json"])?;
-    let bound: serde_json::Value = serde_json::from_str(&bound)?;
+    let bound = keeping.bound(Beta)?;
     println!("    {report}");
     ensure!(report["kind"] == "takeover" && report["epoch"].is_u64(), "{report}");
-    ensure!(report["total_ms"].as_u64() <= bound["bound_ms"].as_u64(), "{report}, but {bound}");
+    ensure!(total(&report)? <= bound, "{report}, but at most {bound:?} was said");
     up(lab, Alpha)?;
     keeping.watch(Alpha)?;
     keeping.paired(Beta)?;
@@ -83,7 +87,13 @@ fn rounds(lab: &Lab, count: usize) -> Result<()> {
     keeping.spoke(&order)
 }
 
-fn power_cut(keeping: &mut Keeping, of: HostName) -> Result<()> {
+/// Of a report, from the last sign of life to the guest running.
+fn total(report: &serde_json::Value) -> Result<Duration> {
+    report["total_ms"].as_u64().map(Duration::from_millis).with_context(|| format!("no total: {report}"))
+}
+
+/// Gives for how long nobody answered.
+fn power_cut(keeping: &mut Keeping, of: HostName) -> Result<Duration> {
     keeping.lab.power_off(of)?;
     keeping.taken_over(of, Instant::now(), "power cut")
 }

@@ -36,7 +36,7 @@ impl Relay {
 #[tokio::test]
 async fn a_recording_does_not_keep_a_dead_primary_alive() {
     let relay = Relay::new();
-    let pair = pair_behind(Policies::default(), Some(&relay)).await;
+    let pair = pair_with(Policies::default(), Some(&relay), None).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     pair.keepers[0].abort();
     let recorded = relay.recorded.lock().unwrap().clone();
