@@ -252,6 +252,15 @@ impl Pair {
         }
     }
 
+    /// Beta has read the record too: before that it suspects nobody.
+    async fn standby(&self) {
+        let end = Instant::now() + PATIENCE;
+        while !self.answer(1, Question::Switchover).await.unwrap_err().reason.contains("standby") {
+            assert!(Instant::now() < end, "beta has not read the record");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     async fn until_done(host: &FakeHost, what: impl Fn(&Command) -> bool) {
         let end = Instant::now() + PATIENCE;
         while !host.done().iter().any(&what) {
