@@ -125,6 +125,20 @@ fn a_number_counts_once_in_any_order_of_slow_and_fast_paths() {
     assert!(fresh(&mut b, 199 - 50));
 }
 
+/// A receiver that was started anew is played what the sender, whom it has just got to know, had sent before.
+#[test]
+fn what_was_sent_before_two_knew_each_other_does_not_count_afterwards() {
+    let (mut a, mut b, mut anew) = (seal(1), seal(2), seal(3));
+    meet(&mut a, &mut b);
+    let mut recorded: Vec<Vec<u8>> = (1..=100).map(|n| a.seal(&beat(n)).unwrap()).collect();
+    recorded.extend(meet(&mut a, &mut anew));
+    for bytes in &recorded {
+        let opened = anew.open(bytes);
+        assert!(!matches!(opened, Ok(Opened::Heartbeat(_))), "{opened:?}");
+    }
+    assert_eq!(anew.open(&a.seal(&beat(101)).unwrap()).unwrap(), Opened::Heartbeat(beat(101)));
+}
+
 #[test]
 fn a_short_key_is_refused_and_none_is_shown() {
     assert!(HeartbeatKey::new(&[7; MIN_KEY_BYTES - 1]).is_err());

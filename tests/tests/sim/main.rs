@@ -9,7 +9,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends by panicking")]
 
 mod bugs;
-mod conformance;
 mod invariants;
 #[path = "../microvm/random.rs"]
 mod random;

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use tracing::{error, info, warn};
 use understudy_proto::ids::GuestId;
 
@@ -26,6 +27,23 @@ pub(super) struct Fencing {
     /// Since when the arbiter has given no answer.
     silent_since: Option<Instant>,
     again: Option<Instant>,
+    /// Since the other host has been suspected.
+    attempt: Option<Attempt>,
+}
+
+#[derive(Debug)]
+enum Attempt {
+    UnderWay,
+    Ended(FenceOutcome),
+}
+
+/// What a report says of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct Fenced {
+    /// Whether the other host was switched off.
+    pub(super) success: bool,
+    /// In words.
+    pub(super) outcome: String,
 }
 
 impl Fencing {
@@ -57,14 +75,45 @@ impl Fencing {
             return None;
         }
         self.again = Some(now + command.timeout + AGAIN);
+        self.attempt = Some(Attempt::UnderWay);
         Some(Arc::clone(command))
+    }
+
+    /// The other host is suspected anew.
+    pub(super) fn suspected(&mut self) {
+        self.attempt = None;
+    }
+
+    /// The command has ended.
+    pub(super) fn ended(&mut self, outcome: FenceOutcome) {
+        if self.attempt.is_some() {
+            self.attempt = Some(Attempt::Ended(outcome));
+        }
+    }
+
+    /// What came of it until now.
+    pub(super) fn report(&self) -> Fenced {
+        let outcome = match (&self.attempt, &self.command) {
+            (None, None) => "not configured".to_owned(),
+            (None, Some(_)) => "not asked".to_owned(),
+            (Some(Attempt::UnderWay), _) => "not ended".to_owned(),
+            (Some(Attempt::Ended(FenceOutcome::Fenced)), _) => "the other host is off".to_owned(),
+            (Some(Attempt::Ended(FenceOutcome::Refused(why))), _) => format!("failed: {why}"),
+            (Some(Attempt::Ended(FenceOutcome::Unknown(why))), _) => format!("unknown: {why}"),
+        };
+        Fenced { success: matches!(self.attempt, Some(Attempt::Ended(FenceOutcome::Fenced))), outcome }
     }
 }
 
 /// Success alone is a licence.
-pub(super) async fn fence_and_promote(guest: GuestId, command: Arc<FenceCommand>, host: Arc<dyn Host>) {
+pub(super) async fn fence_and_promote(
+    guest: GuestId,
+    command: Arc<FenceCommand>,
+    host: Arc<dyn Host>,
+) -> FenceOutcome {
     warn!(%guest, program = %command.program.display(), "the arbiter and the other host are silent: it is to be switched off");
-    match command.fence().await {
+    let outcome = command.fence().await;
+    match &outcome {
         FenceOutcome::Fenced => {
             info!(%guest, "the other host is off; the guest is started here");
             if let Err(failure) = host.promote_fenced(guest).await {
@@ -75,6 +124,7 @@ pub(super) async fn fence_and_promote(guest: GuestId, command: Arc<FenceCommand>
             error!(%guest, why, "no licence: make sure that the other host is off, then run `understudy failover --i-have-fenced`");
         }
     }
+    outcome
 }
 
 #[cfg(test)]
@@ -98,9 +148,20 @@ mod tests {
         let alone = fencing.due(&Role::Claiming, silent, LostBackup::Solo, at(6));
         assert!(alone.is_none(), "its primary may have gone on alone");
         assert!(fencing.due(&Role::Protected, silent, HOLD, at(6)).is_none(), "nothing is claimed");
+        assert_eq!(fencing.report(), Fenced { success: false, outcome: "not asked".into() });
         assert!(fencing.due(&Role::Claiming, silent, HOLD, at(6)).is_some());
+        assert_eq!(fencing.report(), Fenced { success: false, outcome: "not ended".into() });
         assert!(fencing.due(&Role::Claiming, silent, HOLD, at(7)).is_none(), "one at a time");
         assert!(fencing.due(&Role::Claiming, silent, HOLD, at(57)).is_some());
+        fencing.ended(FenceOutcome::Unknown("has not ended within 20s".into()));
+        let unknown = Fenced { success: false, outcome: "unknown: has not ended within 20s".into() };
+        assert_eq!(fencing.report(), unknown);
+        fencing.ended(FenceOutcome::Fenced);
+        assert!(fencing.report().success);
+        fencing.suspected();
+        // One of before ends late.
+        fencing.ended(FenceOutcome::Fenced);
+        assert_eq!(fencing.report(), Fenced { success: false, outcome: "not asked".into() });
         fencing.arbiter(true, at(58));
         fencing.arbiter(false, at(120));
         assert!(fencing.due(&Role::Claiming, silent, HOLD, at(121)).is_none(), "it has answered meanwhile");

@@ -11,7 +11,7 @@ use understudy_proto::ownership::Owner;
 use understudy_proto::policy::GuestSettings;
 use understudy_proto::rpc::Failure;
 
-use super::fencing::Fencing;
+use super::fencing::{Fenced, Fencing};
 use super::handing::Handing;
 use super::hands::{self, Hands};
 use super::host::{Place, Seen};
@@ -46,7 +46,7 @@ pub(super) struct Kept {
     policies: Policies,
     /// How the guest is protected, or was last.
     settings: Option<GuestSettings>,
-    fencing: Fencing,
+    pub(super) fencing: Fencing,
     peer: Option<Heartbeat>,
     last: Option<Seen>,
     /// As the last look found it.
@@ -60,7 +60,7 @@ pub(super) struct Kept {
     renewal: Renewal,
     gone_since: Option<Instant>,
     lost_since: Option<Instant>,
-    takeover: Option<(Takeover, Instant)>,
+    takeover: Option<(Takeover, Fenced, Instant)>,
     reports: Reports,
 }
 
@@ -281,14 +281,14 @@ impl Kept {
 
     /// What the backup agent says of the promotion completes the report of a takeover.
     fn report(&mut self, seen: &Seen, now: Instant) {
-        let Some((takeover, since)) = &self.takeover else { return };
+        let Some((takeover, _, since)) = &self.takeover else { return };
         let promotion =
             seen.promotion.clone().filter(|promotion| promotion.generation >= takeover.generation);
         if promotion.is_none() && now.saturating_duration_since(*since) < REPORT {
             return;
         }
-        let Some((takeover, _)) = self.takeover.take() else { return };
-        self.reports.write(Finished::takeover(self.guest, &self.name, takeover, promotion));
+        let Some((takeover, fenced, _)) = self.takeover.take() else { return };
+        self.reports.write(Finished::takeover(self.guest, &self.name, takeover, &fenced, promotion));
     }
 
     fn seeded(&self, seen: &Seen) -> Option<Seeded> {
@@ -337,6 +337,7 @@ impl Kept {
                 }
                 Output::Command(command) => self.command(command),
                 Output::Suspected(why) => {
+                    self.fencing.suspected();
                     let peer = self.engine.protocol().peer().unwrap_or_default();
                     warn!(%guest, peer, %why, "the other host is suspected");
                 }
@@ -348,7 +349,7 @@ impl Kept {
                 Output::TookOver(report) => match serde_json::to_string(&report) {
                     Ok(text) => {
                         warn!(%guest, report = text, "the guest was taken over");
-                        self.takeover = Some((report, now));
+                        self.takeover = Some((report, self.fencing.report(), now));
                     }
                     Err(error) => error!(%guest, %error, "the guest was taken over"),
                 },

@@ -72,7 +72,11 @@ impl Hands {
     }
 
     pub(super) fn fence(&self, command: Arc<FenceCommand>) {
-        tokio::spawn(super::fencing::fence_and_promote(self.guest, command, Arc::clone(&self.host)));
+        let Self { guest, host, outbox, .. } = self.clone();
+        tokio::spawn(async move {
+            let outcome = super::fencing::fence_and_promote(guest, command, host).await;
+            let _ = outbox.send(Answer::Fenced(guest, outcome)).await;
+        });
     }
 
     pub(super) fn take_back(&self, term: Term) {

@@ -29,7 +29,7 @@ use understudy_proto::heartbeat::Heartbeat;
 use understudy_proto::ids::{EpochId, GuestId};
 use understudy_proto::rpc::Failure;
 
-use crate::arbiter::Arbiter;
+use crate::arbiter::{Arbiter, FenceOutcome};
 use crate::bound::Limits;
 use crate::owner::{Event, Policies, Timing};
 use answers::Claimed;
@@ -72,6 +72,8 @@ pub(super) enum Answer {
     Protected(GuestId, String, Result<(), Failure>),
     /// The guest stands still for the other host, or does not.
     HandedOver(GuestId, Result<EpochId, Failure>),
+    /// The fencing command has ended.
+    Fenced(GuestId, FenceOutcome),
 }
 
 /// Keeps the guests of a host until the process ends.
@@ -177,6 +179,11 @@ impl Keeper {
             Answer::HandedOver(guest, result) => {
                 if let Some(kept) = self.guests.get_mut(&guest) {
                     kept.handing.stands(result, now);
+                }
+            }
+            Answer::Fenced(guest, outcome) => {
+                if let Some(kept) = self.guests.get_mut(&guest) {
+                    kept.fencing.ended(outcome);
                 }
             }
             Answer::Looked(all) => {

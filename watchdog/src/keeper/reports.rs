@@ -12,6 +12,7 @@ use understudy_proto::ownership::Ownership;
 use understudy_proto::policy::GuestSettings;
 use understudy_proto::rpc::admin::FailoverReport;
 
+use super::fencing::Fenced;
 use crate::owner::Takeover;
 
 /// Takeovers of a guest that are kept; older ones are removed.
@@ -41,6 +42,7 @@ impl Finished {
         guest: GuestId,
         name: &str,
         takeover: Takeover,
+        fenced: &Fenced,
         promotion: Option<FailoverReport>,
     ) -> Self {
         let at = now_ms();
@@ -58,7 +60,7 @@ impl Finished {
             "detect_ms": detect_ms, "claim_ms": claim_ms, "load_ms": load_ms, "confirm_ms": confirm_ms,
             "announce_ms": announce_ms, "total_ms": total,
             "output_let_out_to_epoch": epoch, "output_discarded_bytes": null,
-            "promotion": promotion, "warnings": warnings,
+            "fencing": fenced, "promotion": promotion, "warnings": warnings,
         });
         let shown =
             |value: Option<u64>| value.map_or_else(|| "not known".to_owned(), |ms| format!("{ms} ms"));
@@ -75,8 +77,11 @@ impl Finished {
              load       {load_ms} ms, until the standby was ready to run\n\
              confirm    {confirm_ms} ms, until the arbiter's record was read again\n\
              announce   {}, until the guest ran and its network cards were announced\n\
-             total      {total} ms\n",
-            shown(announce_ms)
+             total      {total} ms\n\
+             fencing    {}, {}\n",
+            shown(announce_ms),
+            if fenced.success { "success" } else { "no success" },
+            fenced.outcome
         );
         warnings.iter().for_each(|warning| text.push_str(&format!("warning    {warning}\n")));
         Self { guest, term: term.0, text, json }
@@ -250,13 +255,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let reports = Reports::new(folder.path().join("reports"));
         assert_eq!(reports.newest(GUEST).unwrap(), None);
+        let fenced = Fenced { success: false, outcome: "failed: exit status: 1".into() };
         for term in 1..=60 {
-            write(&reports.of(GUEST), &Finished::takeover(GUEST, "g1", takeover(term), None)).unwrap();
+            let report = Finished::takeover(GUEST, "g1", takeover(term), &fenced, None);
+            write(&reports.of(GUEST), &report).unwrap();
         }
         let (text, json) = reports.newest(GUEST).unwrap().unwrap();
         let json: Value = serde_json::from_str(&json).unwrap();
         assert_eq!((json["term"].as_u64(), json["total_ms"].as_u64()), (Some(60), Some(1561)));
         assert!(text.contains("term 60") && text.contains("detect     1500 ms"), "{text}");
+        assert!(text.contains("fencing    no success, failed: exit status: 1\n"), "{text}");
+        assert_eq!(json["fencing"]["success"], false);
         assert_eq!(stems(&reports.of(GUEST)).unwrap().len(), KEPT);
     }
 

@@ -2,9 +2,11 @@
 
 mod chosen;
 mod failures;
+mod fenced;
 mod forged;
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use understudy_proto::ids::{EpochId, Generation, Incarnation};
 use understudy_proto::ownership::{Owner, Ownership, Term};
@@ -25,22 +27,38 @@ const IMAGE: Image = Image { incarnation: Incarnation(uuid::Uuid::from_u128(2)),
 const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Default)]
-struct Memory(Mutex<Option<Ownership>>);
+struct Memory {
+    kept: Mutex<Option<Ownership>>,
+    /// Gives no answer.
+    silent: AtomicBool,
+}
 
 impl Memory {
     fn get(&self) -> Option<Ownership> {
-        self.0.lock().unwrap().clone()
+        self.kept.lock().unwrap().clone()
+    }
+
+    fn answers(&self) -> Result<(), Failure> {
+        if self.silent.load(Ordering::Relaxed) {
+            return Err(Failure::new(
+                understudy_proto::rpc::FailureKind::Unavailable,
+                "silent",
+                "it is silent",
+            ));
+        }
+        Ok(())
     }
 }
 
 #[async_trait]
 impl Arbiter for Memory {
     async fn read(&self, _: GuestId) -> Result<Option<Ownership>, Failure> {
-        Ok(self.get())
+        self.answers().map(|()| self.get())
     }
 
     async fn swap(&self, _: GuestId, new: &Ownership) -> Result<(), Failure> {
-        let mut kept = self.0.lock().unwrap();
+        self.answers()?;
+        let mut kept = self.kept.lock().unwrap();
         if kept.as_ref().map_or(Term::NONE, |kept| kept.term).next() == new.term {
             *kept = Some(new.clone());
         }
@@ -184,11 +202,15 @@ fn seal() -> Seal {
 }
 
 async fn pair(policies: Policies) -> Pair {
-    pair_behind(policies, None).await
+    pair_with(policies, None, None).await
 }
 
-/// What alpha sends goes to the relay, if there is one; it is told where the two listen.
-async fn pair_behind(policies: Policies, relay: Option<&forged::Relay>) -> Pair {
+/// What alpha sends goes to the relay, if there is one; it is told where the two listen. Both have the fencing command.
+async fn pair_with(
+    policies: Policies,
+    relay: Option<&forged::Relay>,
+    fence: Option<Arc<crate::arbiter::FenceCommand>>,
+) -> Pair {
     let record = Arc::new(Memory::default());
     let runs = Local { runs: true, image: None, generation: Some(Generation(1)) };
     let sending = SENDING;
@@ -207,7 +229,8 @@ async fn pair_behind(policies: Policies, relay: Option<&forged::Relay>) -> Pair 
     let timing = Timing { primary_silent: second_long, backup_silent: second_long, ..Timing::default() };
     let (mut keepers, mut ask, folder) = (Vec::new(), Vec::new(), tempfile::tempdir().unwrap());
     for (name, host, paths) in [("alpha", &alpha, first), ("beta", &beta, second)] {
-        let (settings, asked) = (settings(name, policies, timing, folder.path()), questions());
+        let (mut settings, asked) = (settings(name, policies, timing, folder.path()), questions());
+        settings.fence = fence.clone();
         let (arbiter, host): (Arc<dyn Arbiter>, Arc<dyn Host>) = (record.clone(), host.clone());
         keepers.push(tokio::spawn(run(settings, arbiter, host, paths, asked.1)));
         ask.push(asked.0);
@@ -225,6 +248,15 @@ impl Pair {
         let end = Instant::now() + PATIENCE;
         while !self.record.get().as_ref().is_some_and(&is) {
             assert!(Instant::now() < end, "not reached: {what}; {:?}", self.record.get());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Beta has read the record too: before that it suspects nobody.
+    async fn standby(&self) {
+        let end = Instant::now() + PATIENCE;
+        while !self.answer(1, Question::Switchover).await.unwrap_err().reason.contains("standby") {
+            assert!(Instant::now() < end, "beta has not read the record");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -289,19 +321,8 @@ async fn a_lost_backup_lets_the_primary_go_on_alone_only_if_it_may() {
 async fn the_survivor_asks_for_a_backup_and_reports_the_takeover() {
     let pair = pair(Policies::default()).await;
     pair.keepers[0].abort();
-    let end = Instant::now() + PATIENCE;
-    while !pair.beta.1.lock().unwrap().contains(&"protect alpha".to_owned()) {
-        assert!(Instant::now() < end, "nobody is asked; {:?}", pair.beta.done());
-        // The agent has told of the promotion, or the report would be waited for.
-        pair.beta.change(|seen| {
-            if seen.local.runs && seen.promotion.is_none() {
-                seen.promotion = Some(promotion());
-            }
-        });
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    let told = pair.answer(1, Question::Report).await.unwrap();
-    let json: serde_json::Value = serde_json::from_str(&told.json).unwrap();
+    let json = pair.report().await;
+    assert_eq!(json["fencing"]["outcome"], "not configured", "{json}");
     assert_eq!((json["kind"].as_str(), json["epoch"].as_u64()), (Some("takeover"), Some(9)), "{json}");
     assert!(json["suspected"].as_str().unwrap().contains("silent"), "{json}");
 }
@@ -323,6 +344,23 @@ fn promotion() -> understudy_proto::rpc::admin::FailoverReport {
 }
 
 impl Pair {
+    /// Beta's, of the takeover that is under way; by then it has asked for a backup.
+    async fn report(&self) -> serde_json::Value {
+        let end = Instant::now() + PATIENCE;
+        while !self.beta.1.lock().unwrap().contains(&"protect alpha".to_owned()) {
+            assert!(Instant::now() < end, "nobody is asked; {:?}", self.beta.done());
+            // The agent has told of the promotion, or the report would be waited for.
+            self.beta.change(|seen| {
+                if seen.local.runs && seen.promotion.is_none() {
+                    seen.promotion = Some(promotion());
+                }
+            });
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let told = self.answer(1, Question::Report).await.unwrap();
+        serde_json::from_str(&told.json).unwrap()
+    }
+
     /// As soon as the keeper has read the record.
     async fn granted(&self, keeper: usize, question: Question) -> Told {
         let end = Instant::now() + PATIENCE;

@@ -137,8 +137,17 @@ impl Detector {
         self.qemu.map_or(self.since, |at| at.max(self.since))
     }
 
-    /// The last sign of life, or when it began to matter.
-    pub(super) fn last(&self) -> Instant {
+    /// The last sign of life of what is suspected, or when it began to matter.
+    pub(super) fn last_of(&self, suspicion: Suspicion) -> Instant {
+        match suspicion {
+            // Its host lives and is heard.
+            Suspicion::QemuSilent(_) | Suspicion::QemuGone(_) | Suspicion::QemuCrashed => self.last_of_qemu(),
+            Suspicion::Silent(_) | Suspicion::Yields | Suspicion::Operator => self.last(),
+        }
+    }
+
+    /// The same of the other host.
+    fn last(&self) -> Instant {
         self.heard.map_or(self.since, |heard| heard.max(self.since))
     }
 }

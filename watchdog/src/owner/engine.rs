@@ -186,7 +186,7 @@ impl Engine {
         match (found, self.suspicion) {
             (Some(found), None) => {
                 self.suspicion = Some(found);
-                self.timeline.suspected(found, self.detector.last(), now);
+                self.timeline.suspected(found, self.detector.last_of(found), now);
                 out.push(Output::Suspected(found));
                 self.tell(Event::Suspect, now, out);
                 self.read_at = now + self.timing.read_eager;

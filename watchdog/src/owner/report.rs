@@ -20,7 +20,7 @@ pub struct Takeover {
     pub generation: Generation,
     /// The last epoch the record knew of; the backup agent's report has the one it went on from.
     pub recorded_epoch: Option<EpochId>,
-    /// From the primary's last sign of life to the suspicion.
+    /// From the last sign of life of what failed to the suspicion: of the primary's host, or of QEMU if only that failed.
     pub detect_ms: u64,
     /// From the suspicion to the claim read back from the arbiter.
     pub claim_ms: u64,

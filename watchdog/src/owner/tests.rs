@@ -1,6 +1,9 @@
 //! What the interleavings do not reach: they have no agents that fail or forget.
 
-use understudy_proto::ids::{EpochId, Generation, Incarnation};
+use std::time::{Duration, Instant};
+
+use understudy_proto::heartbeat::Heartbeat;
+use understudy_proto::ids::{EpochId, Generation, GuestId, Incarnation};
 use understudy_proto::ownership::{Owner, Ownership, Term};
 
 use super::*;
@@ -135,4 +138,67 @@ fn a_backup_that_was_suspected_is_suspected_anew_when_it_has_become_the_primary(
     now += std::time::Duration::from_secs(2);
     assert!(suspects(&dog.step(Input::Tick, now)));
     assert_eq!(*dog.protocol().role(), Role::Claiming);
+}
+
+/// Host b stands by for a, whose watchdog says every 100 ms what QEMU is like so long after the start; gives the report of
+/// the takeover that comes of it.
+fn taken_over_from(mut beat: impl FnMut(Duration, &mut Heartbeat)) -> Takeover {
+    let start = Instant::now();
+    let mut dog = Engine::new("b", Policies::default(), Timing::default(), start);
+    let image = Image { incarnation: Incarnation(uuid::Uuid::from_u128(1)), generation: Generation(1) };
+    dog.step(Input::Event(Event::Local(Local { image: Some(image), ..Local::default() })), start);
+    dog.step(Input::Event(record(1, 1, pair("a", "b"))), start);
+    let mut after = Duration::ZERO;
+    for number in 1.. {
+        after += Duration::from_millis(100);
+        assert!(after < Duration::from_secs(60), "nothing is suspected");
+        let mut heartbeat = Heartbeat {
+            guest: GuestId(uuid::Uuid::from_u128(3)),
+            host: "a".into(),
+            life: 1,
+            number,
+            term: Term(1),
+            generation: Generation(1),
+            epoch: EpochId(1),
+            qemu_age: None,
+            image: None,
+            ended: false,
+            yields: false,
+            crashed: false,
+            settings: None,
+        };
+        beat(after, &mut heartbeat);
+        let said = dog.step(Input::Heartbeat(heartbeat), start + after);
+        if said.iter().any(|output| matches!(output, Output::Suspected(_))) {
+            break;
+        }
+    }
+    let (now, incarnation) = (start + after, image.incarnation);
+    let claim = Owner::Claim { by: "b".into(), from: "a".into(), incarnation };
+    for event in [record(2, 1, claim), Event::Loaded, record(3, 2, solo("b"))] {
+        for output in dog.step(Input::Event(event), now) {
+            if let Output::TookOver(report) = output {
+                return report;
+            }
+        }
+    }
+    panic!("the guest was not taken over")
+}
+
+/// QEMU's last sign of life.
+const LAST: Duration = Duration::from_millis(700);
+
+#[test]
+fn a_hung_qemu_was_detected_from_its_own_last_sign_of_life() {
+    let report = taken_over_from(|after, beat| beat.qemu_age = Some(after.saturating_sub(after.min(LAST))));
+    assert_eq!((report.suspicion.as_str(), report.detect_ms), ("its QEMU has been silent for 5000 ms", 5000));
+}
+
+#[test]
+fn a_dead_qemu_was_detected_from_its_own_last_sign_of_life() {
+    let report = taken_over_from(|after, beat| {
+        beat.qemu_age = (after <= LAST).then_some(Duration::ZERO);
+        beat.crashed = after >= Duration::from_secs(1);
+    });
+    assert_eq!((report.suspicion.as_str(), report.detect_ms), ("its QEMU has died", 300));
 }

@@ -1,6 +1,7 @@
 //! A lab whose watchdogs keep guests, with a witness in the client's namespace.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,10 @@ use crate::lab::verify::Verify;
 use crate::scenarios::{SHAPES, start_shaped};
 use crate::{process, workspace};
 
+use super::logs;
+
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
-const WATCHDOG: &str = "understudy-watchdog";
+pub(super) const WATCHDOG: &str = "understudy-watchdog";
 const WITNESS_PORT: u16 = 7421;
 const HEARTBEAT_PORT: u16 = 7422;
 /// Emulated hosts stand still for seconds, now and then.
@@ -36,6 +39,7 @@ pub(super) struct Keeping<'a> {
     witness: Option<Child>,
     witness_on: Net,
     policy: &'static str,
+    fence: Option<PathBuf>,
     pub(super) observer: Observer,
     sides: Sides,
     verify: Option<Verify>,
@@ -46,12 +50,22 @@ pub(super) struct Keeping<'a> {
     /// Term of the last report.
     reported: u64,
     /// From where the logs of the watchdogs are read.
-    from: [usize; 2],
+    from: logs::Ends,
 }
 
 impl<'a> Keeping<'a> {
     /// Guest g1 runs on alpha and is protected.
     pub(super) fn start(lab: &'a Lab, witness_on: Net, policy: &'static str) -> Result<Self> {
+        Self::start_with(lab, witness_on, policy, None)
+    }
+
+    /// The same with a fencing command, the same for both hosts.
+    pub(super) fn start_with(
+        lab: &'a Lab,
+        witness_on: Net,
+        policy: &'static str,
+        fence: Option<PathBuf>,
+    ) -> Result<Self> {
         let sides = Sides::start(lab, "g1")?;
         let first = start_shaped(lab, HostName::Alpha, SHAPES[0])?.count()?;
         let mut this = Self {
@@ -59,6 +73,7 @@ impl<'a> Keeping<'a> {
             witness: None,
             witness_on,
             policy,
+            fence,
             observer: Observer::start(lab.dir(), "g1"),
             sides,
             verify: None,
@@ -66,7 +81,7 @@ impl<'a> Keeping<'a> {
             boot: first.boot,
             total: first.total,
             reported: 0,
-            from: [0; 2],
+            from: logs::Ends::default(),
         };
         this.witness_up()?;
         this.mark();
@@ -121,23 +136,18 @@ impl<'a> Keeping<'a> {
             pki::heartbeat_key(&self.lab.dir().shared()).display(),
             self.policy,
         );
-        self.lab.restart_daemon(host, WATCHDOG, &arguments)
+        let fence = self.fence.as_ref().map(|program| format!("\n--fence\n{}", program.display()));
+        self.lab.restart_daemon(host, WATCHDOG, &(arguments + &fence.unwrap_or_default()))
     }
 
     /// What is waited for in the logs comes from now on.
     pub(super) fn mark(&mut self) {
-        self.from = HostName::ALL.map(|host| self.said(host).len());
-    }
-
-    fn said(&self, host: HostName) -> String {
-        let log = self.lab.dir().shared().join("log").join(format!("{host}-{WATCHDOG}.log"));
-        fs::read_to_string(log).unwrap_or_default()
+        self.from = logs::ends(self.lab);
     }
 
     /// What the watchdog of a host has said since the mark.
     pub(super) fn said_since(&self, host: HostName) -> String {
-        let from = HostName::ALL.iter().position(|one| *one == host).map_or(0, |at| self.from[at]);
-        self.said(host).get(from..).unwrap_or_default().to_owned()
+        logs::said(self.lab, host, &self.from)
     }
 
     pub(super) fn wait_said(&self, host: HostName, words: &str) -> Result<String> {
@@ -183,19 +193,25 @@ impl<'a> Keeping<'a> {
         Ok(first)
     }
 
-    /// After what was done to `from` at `moment` the other host takes the guest over; says for how long nobody answered.
-    pub(super) fn taken_over(&mut self, from: HostName, moment: Instant, what: &str) -> Result<()> {
+    /// After what was done to `from` at `moment` the other host takes the guest over; says, and gives, for how long nobody
+    /// answered.
+    pub(super) fn taken_over(&mut self, from: HostName, moment: Instant, what: &str) -> Result<Duration> {
         let to = from.other();
         self.wait_said(to, "the guest was taken over").with_context(|| what.to_owned())?;
         let before = self.observer.last().map_or(moment, |sample| sample.at.min(moment));
         // Nothing of the old instance can be on its way any more.
         let first = self.answers_since(Instant::now()).with_context(|| what.to_owned())?;
         Guest::wait(self.lab.dir(), "g1", LIMIT)?.must("check")?;
-        println!(
-            "    {what}: {to} took the guest over, at the latest after {} ms",
-            first.at.saturating_duration_since(before).as_millis()
-        );
-        Ok(())
+        let silent = first.at.saturating_duration_since(before);
+        println!("    {what}: {to} took the guest over, at the latest after {} ms", silent.as_millis());
+        Ok(silent)
+    }
+
+    /// How long a failover to a host may take, as that is said to an operator.
+    pub(super) fn bound(&self, to: HostName) -> Result<Duration> {
+        let said = self.lab.must_understudy(to, &["explain", "g1", "--json"])?;
+        let said: Value = serde_json::from_str(&said).with_context(|| format!("not JSON: {said}"))?;
+        said["bound_ms"].as_u64().map(Duration::from_millis).with_context(|| format!("no bound: {said}"))
     }
 
     /// Of the takeover since the last one asked for.

@@ -1,11 +1,13 @@
 //! Nobody is asked: the watchdogs of the hosts and a witness decide who runs a guest.
 
+mod fencing;
 mod keeping;
+mod logs;
 mod partitions;
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::{Scenario, up};
 use crate::lab::Lab;
@@ -13,23 +15,38 @@ use crate::lab::plan::{HostName, Link, Net};
 use crate::lab::understudy::Role;
 use HostName::{Alpha, Beta};
 use keeping::Keeping;
+use logs::accepted;
 
 pub(super) const SCENARIOS: &[Scenario] =
-    &[("owner: a power cut is noticed and the guest promoted without anybody", unattended)];
+    &[("owner: a power cut is noticed and the guest promoted without anybody", |lab| {
+        accepted(lab, unattended)
+    })];
 
 /// Not for every run: `cargo xtask campaign owner`.
 pub(super) const ON_REQUEST: &[Scenario] = &[
-    ("owner-more: a power cut, protected again, home again, and to the other host, without anybody", round),
-    ("owner-more: witness lost, link cut, QEMU hangs, QEMU dies, agent dies, one after the other", in_turn),
-    ("owner-more: three times from host to host and back", |lab| rounds(lab, 3)),
-    ("owner-more: the witness and then the primary are lost", partitions::witness_then_primary),
-    ("owner-more: the primary is cut off from everything", partitions::cut_off),
-    ("owner-more: the agent stands still and goes on", partitions::agent_stands_still),
-    ("owner-more: the backup is lost and back, output is held", |lab| partitions::backup_lost(lab, "hold")),
-    ("owner-more: the backup is lost and back, the guest goes on alone", |lab| {
-        partitions::backup_lost(lab, "solo")
+    ("owner-more: a power cut, protected again, home again, and to the other host, without anybody", |lab| {
+        accepted(lab, round)
     }),
-    ("owner-more: both hosts are lost and back", partitions::both_lost),
+    ("owner-more: witness lost, link cut, QEMU hangs, QEMU dies, agent dies, one after the other", |lab| {
+        accepted(lab, in_turn)
+    }),
+    ("owner-more: three times from host to host and back", |lab| accepted(lab, |lab| rounds(lab, 3))),
+    ("owner-more: the witness and then the primary are lost", |lab| {
+        accepted(lab, partitions::witness_then_primary)
+    }),
+    ("owner-more: the primary's power and its fencing are lost", |lab| accepted(lab, fencing::power_lost)),
+    ("owner-more: the witness, the primary's power and its fencing are lost", |lab| {
+        accepted(lab, fencing::witness_and_power_lost)
+    }),
+    ("owner-more: the primary is cut off from everything", |lab| accepted(lab, partitions::cut_off)),
+    ("owner-more: the agent stands still and goes on", |lab| accepted(lab, partitions::agent_stands_still)),
+    ("owner-more: the backup is lost and back, output is held", |lab| {
+        accepted(lab, |lab| partitions::backup_lost(lab, "hold"))
+    }),
+    ("owner-more: the backup is lost and back, the guest goes on alone", |lab| {
+        accepted(lab, |lab| partitions::backup_lost(lab, "solo"))
+    }),
+    ("owner-more: both hosts are lost and back", |lab| accepted(lab, partitions::both_lost)),
 ];
 
 const WITNESS_ON: Net = Net::Mgmt;
@@ -44,11 +61,10 @@ fn round(lab: &Lab) -> Result<()> {
     let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
     power_cut(&mut keeping, Alpha)?;
     let report = keeping.report(Beta)?;
-    let bound = lab.must_understudy(Beta, &["explain", "g1", "--json"])?;
-    let bound: serde_json::Value = serde_json::from_str(&bound)?;
+    let bound = keeping.bound(Beta)?;
     println!("    {report}");
     ensure!(report["kind"] == "takeover" && report["epoch"].is_u64(), "{report}");
-    ensure!(report["total_ms"].as_u64() <= bound["bound_ms"].as_u64(), "{report}, but {bound}");
+    ensure!(total(&report)? <= bound, "{report}, but at most {bound:?} was said");
     up(lab, Alpha)?;
     keeping.watch(Alpha)?;
     keeping.paired(Beta)?;
@@ -71,7 +87,13 @@ fn rounds(lab: &Lab, count: usize) -> Result<()> {
     keeping.spoke(&order)
 }
 
-fn power_cut(keeping: &mut Keeping, of: HostName) -> Result<()> {
+/// Of a report, from the last sign of life to the guest running.
+fn total(report: &serde_json::Value) -> Result<Duration> {
+    report["total_ms"].as_u64().map(Duration::from_millis).with_context(|| format!("no total: {report}"))
+}
+
+/// Gives for how long nobody answered.
+fn power_cut(keeping: &mut Keeping, of: HostName) -> Result<Duration> {
     keeping.lab.power_off(of)?;
     keeping.taken_over(of, Instant::now(), "power cut")
 }
@@ -130,6 +152,10 @@ fn link_cut(keeping: &mut Keeping) -> Result<()> {
 
 /// QEMU dies, now here and now there; gives the report of every takeover.
 pub(crate) fn takeovers(lab: &Lab, count: usize) -> Result<Vec<serde_json::Value>> {
+    accepted(lab, |lab| taken_over_and_over(lab, count))
+}
+
+fn taken_over_and_over(lab: &Lab, count: usize) -> Result<Vec<serde_json::Value>> {
     let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
     let mut on = Alpha;
     (0..count)

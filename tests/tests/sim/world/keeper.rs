@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use understudy_proto::heartbeat::Heartbeat;
 use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::ownership::{Ownership, Term};
+use understudy_tests::conformance::{Said, Step};
 use understudy_watchdog::owner::{
     Command, Engine, Event, Input as Told, Local, LostBackup, Output, Role, Sending,
 };
@@ -17,7 +18,6 @@ use super::guest::Kind;
 use super::host::Process;
 use super::{HOSTS, What, World, backup, primary};
 use crate::bugs::Bug;
-use crate::conformance::Step;
 use crate::invariants;
 
 /// Between two looks at the agents.
@@ -217,7 +217,11 @@ impl World {
                 Output::Command(Command::Swap(_))
                     if self.bug == Bug::ReopenOnRestart
                         && matches!(self.role(h), Some(Role::Recovering { .. })) => {}
-                Output::Command(Command::Swap(new)) => self.ask_to_swap(h, &new),
+                Output::Command(Command::Swap(new)) => {
+                    let said = Said::Asks(format!("{:?}", new.owner));
+                    self.steps.push(Step { host: HOSTS[h].to_owned(), life, term: new.term.0, said });
+                    self.ask_to_swap(h, &new);
+                }
                 Output::Command(command) => self.hand(h, command),
                 Output::Became(role) => {
                     self.note(|| format!("{} keeper: {}", HOSTS[h], role.label()));
@@ -241,8 +245,8 @@ impl World {
     fn became(&mut self, h: usize, role: &Role) {
         if let Some(keeper) = &self.hosts[h].keeper {
             let (life, term) = (keeper.life, keeper.engine.protocol().term().0);
-            let (host, role) = (HOSTS[h].to_owned(), role.label().to_owned());
-            self.steps.push(Step { host, life, role, term });
+            let said = Said::Is(role.label().to_owned());
+            self.steps.push(Step { host: HOSTS[h].to_owned(), life, term, said });
         }
         for what in invariants::became(self, h, role) {
             self.wrong(what);

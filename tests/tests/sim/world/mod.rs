@@ -25,10 +25,10 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use understudy_proto::ids::GuestId;
+use understudy_tests::conformance::{self, Step};
 use understudy_watchdog::owner::{LostBackup, Policies, QemuCrash, Timing};
 
 use crate::bugs::Bug;
-use crate::conformance::{self, Step};
 use crate::invariants::Watchers;
 use crate::random::Random;
 use arbiter::Arbiter;

@@ -48,7 +48,8 @@ async fn an_instance_that_hangs_is_replaced_and_ended() {
 
 /// A host that keeps guests, alone, with a record that is there already.
 async fn alone(record: Ownership, host: &Arc<FakeHost>) -> (Arc<Memory>, tempfile::TempDir) {
-    let (folder, arbiter) = (tempfile::tempdir().unwrap(), Arc::new(Memory(Mutex::new(Some(record)))));
+    let (folder, arbiter) = (tempfile::tempdir().unwrap(), Arc::new(Memory::default()));
+    *arbiter.kept.lock().unwrap() = Some(record);
     let settings = settings("alpha", Policies::default(), Timing::default(), folder.path());
     let paths = Paths::open("127.0.0.1:0".parse().unwrap(), vec![], seal()).await.unwrap();
     let (asking, questions) = questions();
