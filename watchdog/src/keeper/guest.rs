@@ -247,14 +247,16 @@ impl Kept {
     fn protection(&mut self, seen: &Seen, now: Instant) {
         let role = self.engine.protocol().role();
         let seeding = matches!(role, Role::Seeding { aborted: false, .. });
-        self.lost_since = if seeding && seen.degraded { self.lost_since.or(Some(now)) } else { None };
+        // What an agent does not say for a while goes on, as far as is known.
+        self.lost_since =
+            if seeding && (seen.degraded || seen.busy) { self.lost_since.or(Some(now)) } else { None };
         let lost = self.lost_since.is_some_and(|since| now.saturating_duration_since(since) >= LOST);
         match role {
             Role::Solo if seen.protecting => {
                 let after = seen.sending.map_or(EpochId(0), |sending| sending.committed);
                 self.step(Input::Event(Event::SeedBegins { after }), now);
             }
-            Role::Seeding { aborted: false, .. } if !seen.protecting || lost => {
+            Role::Seeding { aborted: false, .. } if !(seen.protecting || seen.busy) || lost => {
                 self.lost_since = None;
                 self.step(Input::Event(Event::SeedFailed), now);
             }
@@ -268,7 +270,7 @@ impl Kept {
     /// A guest that runs here alone is protected again as soon as somebody can.
     fn renew(&mut self, seen: &Seen, now: Instant) {
         let alone = *self.engine.protocol().role() == Role::Solo;
-        if alone && seen.local.runs && !seen.protecting && self.takeover.is_none() {
+        if alone && seen.local.runs && !(seen.protecting || seen.busy) && self.takeover.is_none() {
             let own = self.settings.as_ref().map_or(&[][..], |settings| &settings.policy.spares);
             if let Some(to) = self.renewal.next(own, now) {
                 debug!(guest = %self.guest, to, "to be protected again");

@@ -41,6 +41,8 @@ pub struct Seen {
     pub listed: bool,
     /// A protection is under way or on.
     pub protecting: bool,
+    /// The primary agent has too much to do to say whether that is so.
+    pub busy: bool,
     /// It is on, and its backup is lost.
     pub degraded: bool,
     /// Last committed epoch the agents here know.
@@ -164,10 +166,12 @@ impl AgentHost {
         Ok(HandoverClient::new(channel))
     }
 
-    /// None if the agent does not answer: that is no news of its guests.
+    /// None if the agent is there and does not answer in time: that is no news of its guests. One that is not there has
+    /// none.
     async fn statuses(&self, socket: &str) -> Option<Vec<GuestStatus>> {
         let asked = async { self.agent(socket).await?.status(StatusRequest::default()).await };
-        tokio::time::timeout(ANSWER, asked).await.ok()?.ok().map(|reply| reply.guests)
+        let answer = tokio::time::timeout(ANSWER, asked).await.ok()?;
+        Some(answer.map(|reply| reply.guests).unwrap_or_default())
     }
 
     async fn place(&self, guest: GuestId) -> Place {
@@ -242,6 +246,7 @@ impl AgentHost {
             sending,
             listed: listed.is_some(),
             protecting,
+            busy: false,
             epoch: epoch.unwrap_or(EpochId(0)),
             qemu: runs.then(Instant::now),
             degraded: primary.is_some_and(|status| status.state == GuestState::Degraded),
@@ -337,7 +342,9 @@ impl Host for AgentHost {
                 return Vec::new();
             }
         };
-        let primary = self.statuses(transport::PRIMARY_SOCKET).await.unwrap_or_default();
+        let primary = self.statuses(transport::PRIMARY_SOCKET).await;
+        let busy = primary.is_none();
+        let primary = primary.unwrap_or_default();
         let backup = self.statuses(transport::BACKUP_SOCKET).await.unwrap_or_default();
         let mut guests: Vec<GuestId> = known.to_vec();
         guests.extend(listed.iter().map(|listed| listed.guest));
@@ -351,7 +358,7 @@ impl Host for AgentHost {
                 listed.iter().find(|listed| listed.guest == guest).map(|listed| listed.generation);
             let (p, b) = (find(&primary, guest), find(&backup, guest));
             let (p, b) = (p.and_then(|at| primary.get(at)), b.and_then(|at| backup.get(at)));
-            seen.push(self.one(guest, generation, p, b).await);
+            seen.push(Seen { busy, ..self.one(guest, generation, p, b).await });
         }
         seen
     }

@@ -87,6 +87,7 @@ impl FakeHost {
             listed,
             protecting,
             degraded: false,
+            busy: false,
             epoch: EpochId(7),
             qemu,
             superseded: false,

@@ -87,6 +87,22 @@ async fn a_protection_that_began_before_a_restart_goes_on() {
 }
 
 #[tokio::test]
+async fn an_agent_too_busy_to_answer_goes_on_with_its_copy_but_not_for_ever() {
+    let runs = Local { runs: true, image: None, generation: Some(Generation(1)) };
+    let host = FakeHost::new(runs, Some(SENDING));
+    let (arbiter, _folder) = alone(solo(), &host).await;
+    reaches(&arbiter, Term(6)).await;
+    Pair::until_done(&host, |command| *command == Command::HoldGate(Term(6))).await;
+    host.change(|seen| (seen.protecting, seen.sending, seen.busy) = (false, None, true));
+    let looked = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < looked {
+        assert_eq!(arbiter.get().map(|record| record.term), Some(Term(6)), "{:?}", arbiter.get());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    reaches(&arbiter, Term(7)).await;
+}
+
+#[tokio::test]
 async fn the_end_of_an_earlier_generation_is_not_the_end_of_the_guest() {
     let runs = Local { runs: true, image: None, generation: Some(Generation(1)) };
     let host = FakeHost::new(runs, Some(SENDING));
