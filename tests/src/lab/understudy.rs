@@ -10,7 +10,7 @@ use super::plan::HostName;
 use super::remote::{Exec, Outcome};
 
 /// Seeding a small guest through an emulated host takes seconds.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(240);
 
 /// What `understudy status --json` says about one guest.
 #[derive(Clone, Debug)]
