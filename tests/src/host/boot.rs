@@ -194,6 +194,8 @@ fn libvirt(identity: &Identity) -> Result<()> {
     // Reached by `virsh migrate` from the other host.
     let by_tcp = "listen_tls = 0\nlisten_tcp = 1\nauth_tcp = \"none\"\n";
     fs::write("/etc/libvirt/libvirtd.conf", by_tcp)?;
+    // A client that is told nothing may look for libvirtd only.
+    fs::write("/etc/libvirt/libvirt.conf", "uri_default = \"qemu:///system\"\n")?;
     process::checked(Command::new("virtlogd").arg("--daemon"), LIMIT)?;
     let daemon = match identity.root {
         Root::Machine | Root::Debian13 => "libvirtd --daemon --listen".to_owned(),
