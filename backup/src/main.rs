@@ -27,7 +27,12 @@ fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .init();
     understudy_backup::host::keep_freed_memory();
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(run(config))
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    runtime
+        .worker_threads(understudy_proto::rpc::transport::runtime_threads())
+        .enable_all()
+        .build()?
+        .block_on(run(config))
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {

@@ -45,7 +45,10 @@ fn main() -> ExitCode {
         logger.with_ansi(false).init();
     }
     understudy_primary::keep_freed_memory();
-    match serve(config) {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(transport::runtime_threads()).enable_all().build();
+    let served = runtime.context("cannot start the threads of this agent");
+    match served.and_then(|runtime| runtime.block_on(serve(config))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("understudy-primary: {error:#}");
@@ -54,7 +57,6 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
 async fn serve(config: Config) -> Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let agent = Agent::new(config);

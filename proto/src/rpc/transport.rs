@@ -169,6 +169,12 @@ impl AdminTcp {
 const NO_BACKUP: &str =
     "check that understudy-backup runs there, listens on that address, and no firewall is in between";
 
+/// Threads an agent's runtime has, at least four: encrypting an epoch takes seconds without pause where the CPU is slow and
+/// the link is not, and what sees to the guest, or answers for the agent, must not wait behind it.
+pub fn runtime_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get).max(4)
+}
+
 /// Connects to the backup agent at `host` (see [`authority`]) over plain TCP.
 ///
 /// # Errors
