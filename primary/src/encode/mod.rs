@@ -349,8 +349,8 @@ fn pass(
         let held = cache.held(record.block, record.page);
         pages += u64::from(record.codec == Codec::Raw);
         if let Some(held) = held {
-            held.fill(0);
-            held.iter_mut().zip(record.payload).for_each(|(to, from)| *to = *from);
+            // A page of zeros has no content.
+            *held = record.payload.try_into().unwrap_or([0; PAGE_BYTES]);
         }
         Ok(())
     })?;

@@ -39,12 +39,10 @@ pub(crate) fn ensure(cache: &Path) -> Result<PathBuf> {
     if is_sealed(&tree) {
         return Ok(tree);
     }
-    let wanted = ["mmdebstrap".to_owned()];
-    let missing = apt::missing(wanted.iter().map(String::as_str))?;
-    if !missing.is_empty() {
-        eprintln!("A root of Debian 13 is made with mmdebstrap, which is missing and will be installed.");
-        apt::install(&missing)?;
-    }
+    apt::ensure(
+        &["mmdebstrap"],
+        "A root of Debian 13 is made with mmdebstrap, which is missing and will be installed.",
+    )?;
     let archives = apt::archives()?;
     eprintln!(
         "Making a root of Debian 13 for the lab's hosts; once, a few minutes, 350 MB in the lab's cache."

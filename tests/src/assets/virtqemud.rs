@@ -62,11 +62,7 @@ pub(crate) fn ensure(cache: &Path) -> Result<PathBuf> {
     if daemon.exists() {
         return Ok(daemon);
     }
-    let missing = apt::missing(PACKAGES.into_iter())?;
-    if !missing.is_empty() {
-        eprintln!("virtqemud is built from libvirt's source, for which packages are missing:");
-        apt::install(&missing)?;
-    }
+    apt::ensure(&PACKAGES, "virtqemud is built from libvirt's source, for which packages are missing:")?;
     eprintln!("Building virtqemud {wanted} for the lab's hosts; once, some minutes.");
     sweep(cache, PREFIX)?;
     let work = cache.join(format!("{PREFIX}{}", std::process::id()));

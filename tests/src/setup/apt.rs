@@ -120,6 +120,16 @@ impl Plan {
     }
 }
 
+/// Installs those of `packages` that are missing, after saying why.
+pub(crate) fn ensure(packages: &[&str], why: &str) -> Result<()> {
+    let missing = missing(packages.iter().copied())?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    eprintln!("{why}");
+    install(&missing)
+}
+
 /// Installs `packages` after saying what else comes and what goes.
 pub(crate) fn install(packages: &[String]) -> Result<()> {
     let plan = match simulate(packages) {
