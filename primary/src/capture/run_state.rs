@@ -132,6 +132,11 @@ impl RunTracker {
         }
     }
 
+    /// A question whose answer is worth nothing here, only that there is one.
+    pub fn question(&self) -> Question {
+        Question(self.changes)
+    }
+
     /// An own checkpoint begins: call it before REPLY goes out.
     pub fn reply_sent(&mut self) {
         self.changes += 1;

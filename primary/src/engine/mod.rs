@@ -197,6 +197,7 @@ impl Engine {
             Event::Domain(event) => self.domain_event(&event),
             Event::Answer(question, state) => {
                 if self.asking == Asking::Asked(question) {
+                    let sign = state.is_some();
                     if let Some(state) = &state {
                         self.run.answer(question, state);
                     }
@@ -204,6 +205,9 @@ impl Engine {
                     let again = self.run.verdict() == Verdict::AskQemu(question);
                     self.run_state = state.filter(|state| again && *state != RunState::Running);
                     self.asking = Asking::From(if again { now + ASK_INTERVAL } else { now });
+                    if let Some(end) = &mut self.end {
+                        end.answered(sign, now);
+                    }
                 }
             }
             Event::Subscribed => {

@@ -449,17 +449,79 @@ fn somebody_elses_migration_ends_protection() {
     let mut bench = Bench::protected(settings());
     let commands = bench.step(qmp("MIGRATION", json!({"status": "setup"})));
     assert_eq!(commands, [Command::Disarm]);
-    assert_eq!(outcome(&bench.step(Event::Disarmed(Ok(())))).1, OutcomeKind::Failed);
+    let end = bench.run(Event::Disarmed(Ok(())));
+    assert_eq!(outcome(&end), (Some(GoodbyeReason::Unprotected), OutcomeKind::Failed));
     let mut bench = Bench::new(settings());
     bench.run(Event::Connected { session: 7, ack: hello(life(1), None) });
     assert_eq!(bench.step(qmp("MIGRATION", json!({"status": "setup"}))), [], "that is our own");
+}
+
+/// Invariant 18.
+#[test]
+fn the_backup_keeps_its_copy_of_a_guest_that_dies_while_its_protection_ends() {
+    let crashed = || lifecycle(Lifecycle::Stopped, "failed");
+    let ways = [Event::Unprotect, qmp("MIGRATION", json!({"status": "setup"}))];
+    for way in ways {
+        // Before capture has ended, ...
+        let mut bench = Bench::protected(settings());
+        assert_eq!(bench.step(way.clone()), [Command::Disarm]);
+        assert_eq!(bench.step(crashed()), []);
+        let end = bench.step(Event::Disarmed(Ok(())));
+        assert_eq!(outcome(&end), (None, OutcomeKind::Crashed), "{way:?}");
+
+        // ... and when that was the first sign of it: nothing is said before QEMU has answered.
+        let mut bench = Bench::protected(settings());
+        bench.step(way.clone());
+        let commands = bench.step(Event::Disarmed(Err(broken("the monitor is gone"))));
+        assert_eq!(commands, [Command::Rescue], "{way:?}");
+        let gone = CaptureFailure { gone: true, ..broken("gone") };
+        let commands = bench.step(Event::Rescued(Err(gone)));
+        let [Command::AskQemu(question)] = commands[..] else { panic!("{way:?}: {commands:?}") };
+        assert_eq!(bench.step(Event::Answer(question, None)), []);
+        let commands = bench.step(Event::Tick);
+        assert_eq!(commands, [], "it is asked again, but not at once");
+        assert_eq!(outcome(&bench.step(crashed())), (None, OutcomeKind::Crashed), "{way:?}");
+
+        // Of one that is neither dead nor answers nothing is known.
+        let mut bench = Bench::protected(settings());
+        bench.step(way);
+        let mut commands = bench.step(Event::Disarmed(Ok(())));
+        let began = bench.now;
+        let end = loop {
+            match commands[..] {
+                [] => {}
+                [Command::AskQemu(question)] => {
+                    assert_eq!(bench.step(Event::Answer(question, None)), []);
+                }
+                _ => break commands,
+            }
+            bench.now = bench.engine.deadline().expect("it waits for something");
+            commands = bench.step(Event::Tick);
+        };
+        assert_eq!(outcome(&end).0, None);
+        assert_eq!(bench.now - began, Duration::from_secs(10));
+        assert!(
+            bench.engine.view().detail.contains("beta keeps the last epoch"),
+            "{:?}",
+            bench.engine.view()
+        );
+    }
+}
+
+#[test]
+fn a_guest_that_is_shut_down_while_its_protection_ends_needs_no_copy() {
+    let mut bench = Bench::protected(settings());
+    bench.step(Event::Unprotect);
+    assert_eq!(bench.step(lifecycle(Lifecycle::Stopped, "destroyed")), []);
+    let end = bench.step(Event::Disarmed(Ok(())));
+    assert_eq!(outcome(&end), (Some(GoodbyeReason::Unprotected), OutcomeKind::Unprotected));
 }
 
 #[test]
 fn unprotect_and_the_end_of_the_agent() {
     let mut bench = Bench::protected(settings());
     assert_eq!(bench.step(Event::Unprotect), [Command::Disarm]);
-    let end = bench.step(Event::Disarmed(Ok(())));
+    let end = bench.run(Event::Disarmed(Ok(())));
     assert_eq!(outcome(&end), (Some(GoodbyeReason::Unprotected), OutcomeKind::Unprotected));
     assert_eq!(bench.step(Event::Unprotect), [], "nothing comes after the end");
 
@@ -471,7 +533,7 @@ fn unprotect_and_the_end_of_the_agent() {
     let mut bench = Bench::protected(settings());
     bench.lose(7);
     bench.step(Event::Unprotect);
-    let end = bench.step(Event::Disarmed(Ok(())));
+    let end = bench.run(Event::Disarmed(Ok(())));
     assert_eq!(outcome(&end).0, None);
     assert!(bench.engine.view().detail.contains("beta could not be told"), "{:?}", bench.engine.view());
 }
