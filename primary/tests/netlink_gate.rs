@@ -8,7 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use understudy_primary::egress::{GateError, NetlinkGate, Port, Sealing, SharedKeeper, State};
+use tokio::runtime::{Builder, Runtime};
+use understudy_primary::egress::{GateError, NetlinkGate, Port, Sealing, SharedKeeper, State, Watch};
 use understudy_proto::epoch::{Captured, Committed, EpochKind};
 use understudy_proto::ids::{EpochId, Generation};
 
@@ -132,6 +133,25 @@ fn install(ports: &[Port]) -> SharedKeeper {
     SharedKeeper::new(engine, Box::new(gate))
 }
 
+/// What the gate tells by itself.
+struct Told {
+    runtime: Runtime,
+    watch: Watch,
+}
+
+impl Told {
+    fn listen(gate: &NetlinkGate) -> Self {
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let watch = runtime.block_on(async { gate.watch().unwrap() });
+        Self { runtime, watch }
+    }
+
+    /// Something was taken out of the host's network since the last question.
+    fn deletion(&self) -> bool {
+        self.runtime.block_on(async { tokio::time::timeout(HELD, self.watch.deletion()).await.is_ok() })
+    }
+}
+
 /// One test: each part begins where the one before has ended.
 #[test]
 fn the_gate_holds_releases_survives_its_agent_and_loses_nothing() {
@@ -170,6 +190,9 @@ fn the_gate_holds_releases_survives_its_agent_and_loses_nothing() {
     assert_eq!(keeper.state(), State::Tangled);
     world.send(13..15);
     world.arrive(0..0);
+    let (other, _) = NetlinkGate::install(&ports).unwrap();
+    let told = Told::listen(&other);
+    drop(other);
     assert_eq!(keeper.stopped(EpochId(5), EpochKind::Full).unwrap(), Sealing::StayStopped);
     world.arrive(0..0);
     keeper.committed(&committed(5)).unwrap();
@@ -177,14 +200,23 @@ fn the_gate_holds_releases_survives_its_agent_and_loses_nothing() {
     keeper.resuming();
     world.send(15..17);
     world.arrive(0..0);
+    assert!(!told.deletion(), "its own work on the qdisc is nothing to look at");
 
     // As Open vSwitch does to its ports: it means another qdisc. Who means this one is noticed.
     assert!(sh("! tc qdisc del dev gv0 ingress 2>/dev/null"));
     keeper.intact().unwrap();
     world.arrive(0..0);
+    assert!(!told.deletion());
     assert!(sh("tc qdisc del dev gv0 clsact"));
+    assert!(told.deletion());
     assert!(matches!(keeper.intact(), Err(GateError::TakenAway { .. })));
     assert!(matches!(keeper.stopped(EpochId(6), EpochKind::Delta), Err(GateError::Hole { .. })));
+    keeper.adjust(&ports).unwrap();
+    keeper.intact().unwrap();
+    told.deletion();
+    assert!(sh("ip link del usg-gv0"));
+    assert!(told.deletion());
+    assert!(matches!(keeper.intact(), Err(GateError::TakenAway { .. })));
     keeper.adjust(&ports).unwrap();
     keeper.intact().unwrap();
     world.send(15..17);

@@ -224,6 +224,8 @@ enum Turn {
     Wish(Wish),
     /// A frame of the guest may wait.
     Frame,
+    /// The gate may have been taken away.
+    Doubt,
     Due,
 }
 
@@ -271,8 +273,9 @@ impl Guest {
                         self.apply_all(Event::OutputWaiting { pressing }).await;
                     }
                 }
+                Turn::Doubt => self.guard_output(true),
                 Turn::Due => {
-                    self.guard_output();
+                    self.guard_output(false);
                     self.apply_all(Event::Tick).await;
                 }
                 Turn::Capture(None) | Turn::Stream(None) => {
@@ -300,6 +303,7 @@ impl Guest {
             Some(event) = self.domain_inbox.recv() => Turn::Domain(event),
             Some(event) = self.answers.recv() => Turn::Answer(event),
             Some(wish) = self.wishes.recv() => Turn::Wish(wish),
+            () = Gate::doubt(self.gate.as_ref()) => Turn::Doubt,
             () = Gate::wait(self.gate.as_ref()) => Turn::Frame,
             () = tokio::time::sleep_until(due.into()) => Turn::Due,
         }

@@ -17,7 +17,7 @@ use crate::engine::{Event, Outcome, OutcomeKind};
 /// Output that waits longer is said to be held.
 const LONG: Duration = Duration::from_secs(1);
 
-/// Between two looks whether the gate still stands.
+/// Between two looks whether the gate still stands, where nothing has told that it may not.
 const GUARD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What makes a gate. It blocks.
@@ -86,6 +86,17 @@ impl Gate {
     pub(super) async fn wait(gate: Option<&Self>) {
         match gate {
             Some(Self { watch: Some(watch), listening: true, .. }) => watch.frame().await,
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Returns when the gate may have been taken away.
+    ///
+    /// # Cancel safety
+    /// Nothing is taken.
+    pub(super) async fn doubt(gate: Option<&Self>) {
+        match gate {
+            Some(Self { watch: Some(watch), .. }) => watch.deletion().await,
             _ => std::future::pending().await,
         }
     }
@@ -209,12 +220,11 @@ impl Guest {
         gate.waiting_since = if gate.listening { None } else { Some(Instant::now()) };
     }
 
-    /// Looks now and then whether the gate still stands, and mends it: others have a hand in the host's network too. The
-    /// backup gets a full copy then, so that both sides and the network agree again.
-    pub(super) fn guard_output(&mut self) {
-        let Some(gate) = self.gate.as_mut().filter(|gate| gate.guarded_at.elapsed() >= GUARD_INTERVAL) else {
-            return;
-        };
+    /// Looks whether the gate still stands, now and then or when that is in doubt, and mends it: others have a hand in the
+    /// host's network too. The backup gets a full copy then, so that both sides and the network agree again.
+    pub(super) fn guard_output(&mut self, doubt: bool) {
+        let due = |gate: &&mut Gate| doubt || gate.guarded_at.elapsed() >= GUARD_INTERVAL;
+        let Some(gate) = self.gate.as_mut().filter(due) else { return };
         gate.guarded_at = Instant::now();
         let (keeper, host) = (gate.keeper.clone(), Arc::clone(&self.host));
         self.in_background(move || {

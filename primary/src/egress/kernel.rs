@@ -279,6 +279,8 @@ fn look(route: &mut Route, port: &Port) -> Result<Place, GateError> {
         {
             Ok(Place::Found { device, ifb: Some(ifb) })
         }
+        // What is left of a gate whose device somebody has deleted: everything goes nowhere.
+        (Incoming::Redirected(0), remains) => Ok(Place::Free { device, remains, ingress: true }),
         (Incoming::Idle(kind), _) => {
             Err(occupied(format!("somebody has put a {kind} qdisc on it"), "take that qdisc away"))
         }

@@ -6,6 +6,8 @@
 //! Asking the qdisc instead costs a request and the lock of all network configuration every millisecond, all the time,
 //! to be half a millisecond late. The ifb is no place to listen: its sockets hear a frame when it is released. A
 //! macvtap has no other place, so there the qdisc is asked.
+//!
+//! And tells at once that something was taken out of the host's network, which may have been the gate.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -45,6 +47,8 @@ pub struct Watch {
     epoll: AsyncFd<OwnedFd>,
     /// There is a device that is not listened to.
     asked: Arc<AtomicBool>,
+    /// Of [`Watch::deletion`]; `None` if the system gives none.
+    deletions: Option<AsyncFd<OwnedFd>>,
 }
 
 fn no_descriptor(error: rustix::io::Errno) -> GateError {
@@ -63,7 +67,9 @@ impl Watcher {
             .try_clone()
             .and_then(sys::watched)
             .map_err(|source| GateError::Kernel { action: "watch for frames".to_owned(), source })?;
-        Ok(Watch { epoll, asked: Arc::clone(&self.asked) })
+        let deletions = sys::deletions().and_then(sys::watched);
+        let deletions = deletions.inspect_err(|error| warn!(%error, "cannot listen for deletions")).ok();
+        Ok(Watch { epoll, asked: Arc::clone(&self.asked), deletions })
     }
 
     /// Listens to a device too. One that cannot be listened to costs latency, nothing else.
@@ -131,6 +137,33 @@ impl Watch {
             let _ = tokio::time::timeout(POLL, heard).await;
         } else {
             heard.await;
+        }
+    }
+
+    /// Returns when somebody has deleted a device, a qdisc or a filter of this host, or made a filter.
+    ///
+    /// # Cancel safety
+    /// Nothing is taken that is not returned.
+    pub async fn deletion(&self) {
+        let Some(deletions) = &self.deletions else { return std::future::pending().await };
+        loop {
+            let Ok(mut ready) = deletions.readable().await else { return std::future::pending().await };
+            let mut byte = [0; 1];
+            let mut heard = false;
+            // Many at once are one.
+            for _ in 0..READS {
+                match recv(deletions.get_ref(), &mut byte, RecvFlags::DONTWAIT) {
+                    // There were more than it has room for.
+                    Ok(_) | Err(rustix::io::Errno::NOBUFS) => heard = true,
+                    Err(_) => {
+                        ready.clear_ready();
+                        break;
+                    }
+                }
+            }
+            if heard {
+                return;
+            }
         }
     }
 

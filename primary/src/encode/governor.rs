@@ -49,6 +49,9 @@ const TRIAL: u32 = WARM_UP + 6;
 /// One page of so many takes part in it.
 const TRIAL_PART: u64 = 8;
 
+/// Bytes a second that no link has: nothing was seen that would have told its speed.
+const UNFELT: f64 = 1e12;
+
 /// How an epoch is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Plan {
@@ -253,9 +256,9 @@ impl Governor {
         let times = others.map(|plan| (plan, self.predicted_seconds(plan)));
         let (next, time) = times.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((self.plan, f64::NAN));
         format!(
-            "{:.0} pages an epoch at {:.0} MB/s: {:.2} ms, {:.2} ms by {}",
+            "{:.0} pages an epoch {}: {:.2} ms, {:.2} ms by {}",
             self.pages,
-            speed / 1e6,
+            at(speed),
             self.predicted_seconds(self.plan) * 1e3,
             time * 1e3,
             next.name(),
@@ -300,9 +303,9 @@ impl Governor {
             return None;
         }
         let reason = format!(
-            "{:.0} pages an epoch at {:.0} MB/s: {:.2} ms instead of {:.2} ms, raw {:.2} ms",
+            "{:.0} pages an epoch {}: {:.2} ms instead of {:.2} ms, raw {:.2} ms",
             self.pages,
-            self.link.bytes_per_second().unwrap_or_default() / 1e6,
+            at(self.link.bytes_per_second().unwrap_or_default()),
             time * 1e3,
             now * 1e3,
             raw * 1e3,
@@ -393,6 +396,14 @@ impl Governor {
             }
         }
     }
+}
+
+/// For people. Where only the delay of a link was felt, its line is almost flat.
+fn at(bytes_per_second: f64) -> String {
+    if bytes_per_second > UNFELT {
+        return "at a speed that is no limit".to_owned();
+    }
+    format!("at {:.0} MB/s", bytes_per_second / 1e6)
 }
 
 /// The link: a straight line through what was seen, of epochs of different sizes. Where all are of one size, the delay

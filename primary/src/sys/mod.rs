@@ -20,6 +20,6 @@ pub(crate) use guest_memory::GuestMemory;
 pub(crate) use heap::keep_freed_memory;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use kvm::{Slots, load_xsave};
-pub(crate) use packet::{frames_of, watched};
+pub(crate) use packet::{deletions, frames_of, watched};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use program::micro_program;

@@ -31,6 +31,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 const NONE_LOST: &[Step] = &[
     ("agent killed, no frame on the wire meanwhile, none lost after", agent_killed),
     ("backup lost, output is held and comes when it is back", backup_lost),
+    ("the gate is taken away by somebody else, and made anew", taken_away),
     ("unprotect loses no frame", unprotect),
 ];
 
@@ -207,6 +208,29 @@ fn backup_lost(lab: &Lab, _: &mut Guest) -> Result<()> {
     ensure!(status.number("output_dropped_total") == Some(0), "{status:?}");
     println!("    {answers} answers, all heard, none of them while the backup was lost");
     advances(lab, LIMIT)
+}
+
+/// What leaves until that is noticed cannot be called back. That is milliseconds: see the agent's test of the kernel.
+fn taken_away(lab: &Lab, _: &mut Guest) -> Result<()> {
+    let pinger = Pinger::start(lab.dir(), "g1")?;
+    pinger.wait(LIMIT)?;
+    let repl = "repl".parse()?;
+    lab.cut(repl)?;
+    std::thread::sleep(ON_THE_WAY);
+    let taken = Instant::now();
+    let device = "$(virsh -q domiflist g1 | awk '{print $1}')";
+    lab.shell(Alpha, &format!("tc qdisc del dev {device} clsact"))?;
+    std::thread::sleep(ON_THE_WAY);
+    let mended = Instant::now();
+    std::thread::sleep(AWAY);
+    let seen = pinger.replies_since(mended);
+    ensure!(seen == 0, "{seen} frames left although no epoch was committed");
+    println!("    {} frames left before the gate stood again", pinger.replies_since(taken));
+    lab.heal(repl)?;
+    lab.shell(Alpha, &format!("tc filter show dev {device} ingress | grep -q usg-"))?;
+    advances(lab, LIMIT)?;
+    // What was held went with the gate; what is asked from now on is answered.
+    pinger.wait(LIMIT)
 }
 
 fn ungated(lab: &Lab) -> Result<()> {

@@ -29,7 +29,7 @@ pub(in crate::egress) enum Incoming {
     Plain,
     /// The qdisc of this kind is there and does nothing yet.
     Idle(String),
-    /// Redirects everything to this device.
+    /// Redirects everything to this device; 0 if that was deleted since, and nothing arrives anywhere.
     Redirected(u32),
     /// Something else, in words.
     Other(String),
