@@ -172,7 +172,8 @@ fn check_qemu(qemu: &Qemu, refusals: &mut Vec<Refusal>) {
         refusals.push(Refusal::new(
             "migration-active",
             format!("a migration is under way (state {status})"),
-            "wait for its end",
+            "wait for its end; if it has none, somebody has saved or migrated the guest while it was protected, and QEMU \
+             7.2 stays so until it ends: `virsh shutdown`, then `virsh start`",
         ));
     }
     for reason in &qemu.migrate.blocked_reasons {

@@ -35,7 +35,7 @@ use crate::process;
 use crate::testing::{self, Report};
 use crate::ui::Steps;
 
-pub(crate) use owner::takeovers;
+pub(crate) use owner::{CAUSES, takeovers};
 pub(crate) use verified::CAMPAIGN;
 pub(crate) use versions::VERSIONS;
 

@@ -1,5 +1,6 @@
 //! Nobody is asked: the watchdogs of the hosts and a witness decide who runs a guest.
 
+mod chosen;
 mod fencing;
 mod keeping;
 mod logs;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Scenario, up};
+use super::{Scenario, up, verbs};
 use crate::lab::Lab;
 use crate::lab::plan::{HostName, Link, Net};
 use crate::lab::understudy::Role;
@@ -47,6 +48,8 @@ pub(super) const ON_REQUEST: &[Scenario] = &[
         accepted(lab, |lab| partitions::backup_lost(lab, "solo"))
     }),
     ("owner-more: both hosts are lost and back", |lab| accepted(lab, partitions::both_lost)),
+    ("owner-more: choices for one guest", |lab| accepted(lab, chosen::choices)),
+    ("owner-more: somebody saves the guest with virsh", |lab| accepted(lab, saved)),
 ];
 
 const WITNESS_ON: Net = Net::Mgmt;
@@ -137,6 +140,24 @@ fn in_turn(lab: &Lab) -> Result<()> {
     keeping.spoke(&[Alpha, Beta, Alpha])
 }
 
+/// The guest runs on here, protected again if its QEMU can be; a QEMU that ends itself is taken over from.
+fn saved(lab: &Lab) -> Result<()> {
+    let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
+    let moment = Instant::now();
+    let outcome = verbs::answered(lab, verbs::SAVE)?;
+    ensure!(outcome.code != 0, "virsh save was done: {outcome:?}");
+    if verbs::running(lab, Alpha)? {
+        if !verbs::spoiled(lab)? {
+            keeping.protected(Alpha)?;
+        }
+        keeping.answers_since(Instant::now())?;
+        return keeping.spoke(&[Alpha]);
+    }
+    keeping.taken_over(Alpha, moment, "virsh save")?;
+    keeping.paired(Beta)?;
+    keeping.spoke(&[Alpha, Beta])
+}
+
 /// Heartbeats go another way: nothing changes hands, and protection goes on where it was, without a full copy.
 fn link_cut(keeping: &mut Keeping) -> Result<()> {
     const LIMIT: Duration = Duration::from_secs(60);
@@ -150,23 +171,34 @@ fn link_cut(keeping: &mut Keeping) -> Result<()> {
     keeping.answers_since(Instant::now()).map(drop)
 }
 
-/// QEMU dies, now here and now there; gives the report of every takeover.
-pub(crate) fn takeovers(lab: &Lab, count: usize) -> Result<Vec<serde_json::Value>> {
+/// What ends an instance, as `bench failover` counts them apart.
+pub(crate) const CAUSES: [&str; 2] = ["QEMU dies", "power cut"];
+
+/// The guest is taken over again and again, twice for each cause, now here and now there; gives cause and report of each.
+pub(crate) fn takeovers(lab: &Lab, count: usize) -> Result<Vec<(&'static str, serde_json::Value)>> {
     accepted(lab, |lab| taken_over_and_over(lab, count))
 }
 
-fn taken_over_and_over(lab: &Lab, count: usize) -> Result<Vec<serde_json::Value>> {
+fn taken_over_and_over(lab: &Lab, count: usize) -> Result<Vec<(&'static str, serde_json::Value)>> {
     let mut keeping = Keeping::start(lab, WITNESS_ON, "hold")?;
     let mut on = Alpha;
-    (0..count)
-        .map(|_| {
-            let moment = Instant::now();
-            lab.shell(on, "kill -KILL $(cat /run/libvirt/qemu/g1.pid)")?;
-            keeping.taken_over(on, moment, "QEMU dies")?;
-            on = on.other();
-            let report = keeping.report(on)?;
-            keeping.paired(on)?;
-            Ok(report)
-        })
-        .collect()
+    let mut one = |round: usize| {
+        let cause = CAUSES[round / 2 % 2];
+        let (moment, dead) = (Instant::now(), on);
+        if cause == CAUSES[0] {
+            lab.shell(dead, "kill -KILL $(cat /run/libvirt/qemu/g1.pid)")?;
+        } else {
+            lab.power_off(dead)?;
+        }
+        on = dead.other();
+        keeping.taken_over(dead, moment, &format!("{} of {count}: {cause}", round + 1))?;
+        let report = keeping.report(on)?;
+        if cause == CAUSES[1] {
+            up(lab, dead)?;
+            keeping.watch(dead)?;
+        }
+        keeping.paired(on)?;
+        Ok((cause, report))
+    };
+    (0..count).map(&mut one).collect()
 }
