@@ -135,9 +135,12 @@ impl World {
         let Some(life) = self.hosts[h].life(Process::Keeper) else { return };
         match input {
             Input::Tick => {
-                if let Some(keeper) = &mut self.hosts[h].keeper {
-                    keeper.ticks_at = u64::MAX;
+                let Some(keeper) = &mut self.hosts[h].keeper else { return };
+                // Another one is planned: of two there would be two for ever.
+                if keeper.ticks_at > self.now {
+                    return;
                 }
+                keeper.ticks_at = u64::MAX;
                 self.tell(h, Told::Tick);
             }
             Input::Beat => {

@@ -114,7 +114,9 @@ impl World {
                 }
             }
             Input::Tick(number) => {
-                if let Some(protection) = self.ongoing(h, number) {
+                let now = self.now;
+                // As with the keeper's.
+                if let Some(protection) = self.ongoing(h, number).filter(|ongoing| ongoing.ticks_at <= now) {
                     protection.ticks_at = u64::MAX;
                     self.primary_event(h, number, Event::Tick);
                 }
