@@ -8,6 +8,8 @@ use std::process::{Command, Stdio};
 
 const SOURCE: &str = include_str!("flat-guest.S");
 
+const CARD: &str = include_str!("card.S");
+
 /// What makes it.
 pub(crate) const TOOLS: [&str; 2] = ["as", "ld"];
 
@@ -16,11 +18,21 @@ pub(crate) const ROUND_ADDRESS: u64 = 0x20_0000;
 
 /// Makes one that dirties so many pages a round; gives the path for `-kernel`.
 pub(crate) fn build(dir: &Path, pages: usize) -> io::Result<PathBuf> {
+    made(dir, pages, SOURCE, &[])
+}
+
+/// Makes one that also answers what its rtl8139 gets.
+pub(crate) fn build_with_card(dir: &Path, pages: usize) -> io::Result<PathBuf> {
+    made(dir, pages, &[SOURCE, CARD].concat(), &["--defsym", "CARD=1"])
+}
+
+fn made(dir: &Path, pages: usize, text: &str, more: &[&str]) -> io::Result<PathBuf> {
     let [source, object, elf] = ["flat-guest.S", "flat-guest.o", "flat-guest.elf"].map(|name| dir.join(name));
-    std::fs::write(&source, SOURCE)?;
+    std::fs::write(&source, text)?;
     let [assembler, linker] = TOOLS;
     let pages = format!("PAGES={pages}");
-    run(Command::new(assembler).args(["--32", "--defsym", &pages, "-o"]).args([&object, &source]))?;
+    let assembling = ["--32", "--defsym", &pages];
+    run(Command::new(assembler).args(assembling).args(more).arg("-o").args([&object, &source]))?;
     run(Command::new(linker)
         .args([
             "-m",

@@ -34,6 +34,8 @@ pub(crate) enum Bench {
     Plot,
     /// How long a request to a guest takes, in the lab: unprotected, with fixed epochs, with epochs that output ends
     Latency,
+    /// The same where a stop takes a millisecond: the flat guest on this machine's KVM
+    Response,
     /// How long a promotion takes to load a guest, and the backup's memory
     Load,
     /// How long failovers in the lab take, part by part
@@ -66,6 +68,7 @@ pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Resul
         Bench::Pause => Some("pause"),
         Bench::Slowdown => Some("slowdown"),
         Bench::Autopilot => Some("autopilot"),
+        Bench::Response => Some("response"),
         Bench::Wire => Some("wire"),
         Bench::Governor => Some("governor"),
         Bench::Plot => Some("plot"),

@@ -17,6 +17,7 @@ use understudy_proto::rpc::admin::{GuestState, GuestStatus};
 use understudy_proto::rpc::epoch::{GoodbyeReason, Hello};
 use understudy_proto::rpc::transport::Security;
 
+use super::alarm::Alarm;
 use super::capturer::{self, Barrier, Call, Capturer};
 use super::host::GuestHost;
 use super::output::{Gate, Output};
@@ -132,6 +133,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     let (host, events) = (Arc::clone(&plan.host), domain_events.clone());
     tokio::task::spawn_blocking(move || host.subscribe(events)).await.map_err(|e| e.to_string())??;
 
+    let alarm = Alarm::new().map_err(|error| format!("cannot make a timer: {error}"))?;
     let name = plan.hello.guest_name.clone();
     let gate = plan.output.make().await?;
     let keeper = gate.as_ref().map(|gate| gate.keeper.clone());
@@ -175,6 +177,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
         committed_at: None,
         published_at: Instant::now(),
         pulse: Pulse::new(Instant::now()),
+        alarm,
         outcome: None,
         gate,
         shown: (GuestState::Seeding, String::new()),
@@ -208,6 +211,7 @@ pub(super) struct Guest {
     committed_at: Option<Instant>,
     published_at: Instant,
     pulse: Pulse,
+    alarm: Alarm,
     outcome: Option<Outcome>,
     /// `None`: output goes as it comes.
     pub(super) gate: Option<Gate>,
@@ -305,7 +309,7 @@ impl Guest {
             Some(wish) = self.wishes.recv() => Turn::Wish(wish),
             () = Gate::doubt(self.gate.as_ref()) => Turn::Doubt,
             () = Gate::wait(self.gate.as_ref()) => Turn::Frame,
-            () = tokio::time::sleep_until(due.into()) => Turn::Due,
+            () = self.alarm.wait(due) => Turn::Due,
         }
     }
 

@@ -1,5 +1,6 @@
 //! The agent: the guests it protects, each with an owner of its own, and what outlives them.
 
+mod alarm;
 mod capturer;
 mod guest;
 mod handover;

@@ -22,8 +22,8 @@ pub struct ColoOptions {
     /// default. An epoch that fits does not wait for the reader. Above `net.core.wmem_max` this needs CAP_NET_ADMIN;
     /// without it the kernel's maximum is taken.
     pub socket_buffer_bytes: Option<usize>,
-    /// QEMU's `x-checkpoint-delay`: how soon after a checkpoint the next one can begin. Not 0, which starves QEMU's main
-    /// loop.
+    /// QEMU's `x-checkpoint-delay`: how soon after a checkpoint the next one can begin: between 0 and this, as QEMU's
+    /// timer runs on. It wakes QEMU's main loop that often; 0 starves it.
     pub checkpoint_delay: Duration,
     /// QEMU's `max-bandwidth` during the full copy, in bytes per second. The sink sets the real pace.
     pub max_bandwidth_bytes: u64,
@@ -53,7 +53,7 @@ impl Default for ColoOptions {
         Self {
             acknowledge: Acknowledge::Early,
             socket_buffer_bytes: Some(32 << 20),
-            checkpoint_delay: Duration::from_millis(5),
+            checkpoint_delay: Duration::from_millis(2),
             max_bandwidth_bytes: 1 << 40,
             downtime_limit: Duration::from_millis(300),
             convergence_patience: Duration::from_secs(10),

@@ -9,7 +9,7 @@
 //!
 //! And tells at once that something was taken out of the host's network, which may have been the gate.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -117,6 +117,18 @@ impl Watcher {
 }
 
 impl Watch {
+    /// For a gate that is not the kernel's: one of `descriptors` is readable while a frame has come in since the last stop.
+    ///
+    /// # Errors
+    /// Outside of a runtime, or the system's.
+    pub fn on(descriptors: &[BorrowedFd<'_>]) -> std::io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for (number, descriptor) in (0..).zip(descriptors) {
+            epoll::add(&epoll, descriptor, epoll::EventData::new_u64(number), epoll::EventFlags::IN)?;
+        }
+        Ok(Self { epoll: sys::watched(epoll)?, asked: Arc::default() })
+    }
+
     /// Returns when a frame has come in since the last stop of the guest, or when it is time to ask the qdisc.
     ///
     /// # Cancel safety
@@ -176,5 +188,28 @@ impl Watch {
         let mut fds = [PollFd::new(self.epoll.get_ref(), PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_watch_on_descriptors_tells_while_one_of_them_is_readable() {
+        let pairs = [UnixDatagram::pair().unwrap(), UnixDatagram::pair().unwrap()];
+        let watch = Watch::on(&[pairs[0].0.as_fd(), pairs[1].0.as_fd()]).unwrap();
+        let heard = || tokio::time::timeout(Duration::from_millis(20), watch.frame());
+        assert!(heard().await.is_err());
+        pairs[1].1.send(&[1]).unwrap();
+        assert!(heard().await.is_ok() && heard().await.is_ok(), "nothing is taken");
+        pairs[0].1.send(&[1]).unwrap();
+        pairs[1].0.recv(&mut [0]).unwrap();
+        assert!(heard().await.is_ok());
+        pairs[0].0.recv(&mut [0]).unwrap();
+        assert!(heard().await.is_err());
     }
 }

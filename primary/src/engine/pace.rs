@@ -9,7 +9,7 @@ use understudy_proto::pace::EpochGoals;
 use super::{Engine, Settings};
 use crate::autopilot::{Autopilot, Change, Seen};
 
-/// A guest whose output waits runs at least so many times as long as its last checkpoint took.
+/// A guest whose output waits runs at least so many times as long as its last checkpoints kept it stopped.
 const RUN_PER_STOP: u32 = 2;
 
 /// When the epoch began and what ending one costs.
@@ -18,8 +18,7 @@ pub(super) struct Pace {
     began: Instant,
     /// The checkpoint under way.
     stopping: Option<Instant>,
-    /// What the last one took, from its order to its last byte.
-    took: Duration,
+    costs: Costs,
     /// Of the epoch in flight: how long the guest ran, and when its checkpoint began.
     last: Option<(Duration, Instant)>,
     /// Output waits since the epoch began; whether so much that nothing else matters.
@@ -37,7 +36,7 @@ impl Pace {
         Self {
             began: now,
             stopping: None,
-            took: Duration::ZERO,
+            costs: Costs::default(),
             last: None,
             waiting: None,
             held_bytes: 0,
@@ -53,6 +52,36 @@ impl Pace {
     pub(super) fn stopping(&mut self, now: Instant) {
         self.stopping = Some(now);
         self.last = Some((now.saturating_duration_since(self.began), now));
+    }
+}
+
+/// What the last three checkpoints have cost the guest, the newest first: its stop by QEMU's clock, or, until that is known,
+/// the time from the order to the last byte. One that a busy host has drawn out must not make the next answers wait.
+#[derive(Debug, Default)]
+struct Costs([Duration; 3]);
+
+impl Costs {
+    fn push(&mut self, cost: Duration) {
+        if self.0 == [Duration::ZERO; 3] {
+            self.0 = [cost; 3];
+        }
+        self.0.rotate_right(1);
+        self.0[0] = cost;
+    }
+
+    fn newest(&self) -> Duration {
+        self.0[0]
+    }
+
+    /// The newest one was this in truth.
+    fn correct(&mut self, cost: Duration) {
+        self.0[0] = cost;
+    }
+
+    fn median(&self) -> Duration {
+        let mut sorted = self.0;
+        sorted.sort_unstable();
+        sorted[1]
     }
 }
 
@@ -73,7 +102,7 @@ impl Engine {
     /// What the guest has sent before belongs to the epoch that is over.
     pub(super) fn end_epoch(&mut self, now: Instant) {
         if let Some(since) = self.pace.stopping.take() {
-            self.pace.took = now.saturating_duration_since(since);
+            self.pace.costs.push(now.saturating_duration_since(since));
         }
         self.pace.waiting = None;
         self.run_on(now);
@@ -92,7 +121,7 @@ impl Engine {
     /// When the epoch ends.
     pub(super) fn next_stop(&self) -> Instant {
         let length = self.epoch_length();
-        let floor = self.settings.floor.max(self.pace.took.saturating_mul(RUN_PER_STOP));
+        let floor = self.settings.floor.max(self.pace.costs.median().saturating_mul(RUN_PER_STOP));
         let goal = self.pace.autopilot.as_ref().map_or(Duration::ZERO, Autopilot::floor);
         let lasts = match self.pace.waiting {
             None => length,
@@ -105,12 +134,10 @@ impl Engine {
     /// The epoch in flight is acknowledged, and was like this.
     pub(super) fn measured(&mut self, stop: Option<Duration>, bytes: u64, now: Instant) {
         let delta = self.window.as_ref().is_some_and(|w| w.kind == EpochKind::Delta && w.captured.is_some());
-        let (Some(autopilot), Some((ran, stopped_at)), true) =
-            (&mut self.pace.autopilot, self.pace.last.take(), delta)
-        else {
-            return;
-        };
-        let stop = stop.unwrap_or(self.pace.took);
+        let (Some((ran, stopped_at)), true) = (self.pace.last.take(), delta) else { return };
+        let stop = stop.unwrap_or(self.pace.costs.newest());
+        self.pace.costs.correct(stop);
+        let Some(autopilot) = &mut self.pace.autopilot else { return };
         let transfer = now.saturating_duration_since(stopped_at).saturating_sub(stop);
         if let Some(Change { reason, .. }) = autopilot.step(&Seen { ran, stop, transfer, bytes }) {
             self.pace.reason = reason;

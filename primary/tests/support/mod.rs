@@ -62,6 +62,17 @@ impl Guest {
     pub(crate) fn start(machine: &str, pages: usize, extra: &[&str]) -> io::Result<Self> {
         let dir = tempfile::tempdir()?;
         let elf = flat_guest::build(dir.path(), pages)?;
+        Self::boot(dir, &elf, machine, extra)
+    }
+
+    /// The same with a guest that sends back what its rtl8139 gets; the card is in `extra`.
+    pub(crate) fn start_with_card(machine: &str, pages: usize, extra: &[&str]) -> io::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let elf = flat_guest::build_with_card(dir.path(), pages)?;
+        Self::boot(dir, &elf, machine, extra)
+    }
+
+    fn boot(dir: tempfile::TempDir, elf: &Path, machine: &str, extra: &[&str]) -> io::Result<Self> {
         let socket = dir.path().join("qmp");
         let child = Command::new(qemu())
             .args(["-accel", "kvm", "-cpu", "qemu64", "-m", "64", "-display", "none", "-nodefaults"])

@@ -13,6 +13,7 @@ mod plot;
 mod record;
 mod recorded;
 mod report;
+mod response;
 mod slowdown;
 mod stock;
 mod trace;
@@ -103,6 +104,18 @@ enum Bench {
         #[arg(long, default_value_t = 512)]
         mib: u64,
     },
+    /// What a request to a guest takes where a stop takes a millisecond
+    Response {
+        /// Of each mode and pattern
+        #[arg(long, default_value_t = 200)]
+        requests: usize,
+        /// Pages the guest dirties
+        #[arg(long, default_value_t = 1000)]
+        pages: usize,
+        /// Memory of the guest
+        #[arg(long, default_value_t = 256)]
+        mib: usize,
+    },
     /// Plots what benches have written: an SVG for each file
     Plot {
         /// Written by `--json`
@@ -127,6 +140,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Record(order) => return record::run(&order),
         Bench::Governor { epochs } => governor::run(epochs)?,
         Bench::Memory { mib } => memory::run(mib)?,
+        Bench::Response { requests, pages, mib } => response::run(requests, pages, mib)?,
         Bench::Plot { files, into } => return files.iter().try_for_each(|file| plot::run(file, &into)),
     };
     report.write(json.as_ref())?;

@@ -43,6 +43,43 @@ fn a_guest_that_is_dear_to_stop_is_stopped_less_often() {
     assert_eq!(bench.tick(Duration::from_millis(1)), [Command::Checkpoint(EpochId(3))]);
 }
 
+/// A checkpoint that comes when the epoch is over and takes this long, of which the guest is stopped for `stop`.
+fn checkpoint(bench: &mut Bench, number: u64, took: Duration, stop: Option<Duration>) {
+    bench.now = bench.engine.deadline().expect("a protected guest is stopped sooner or later");
+    assert_eq!(bench.run(Event::Tick), [Command::Checkpoint(EpochId(number))]);
+    bench.now += took;
+    assert_eq!(bench.step(Event::Captured), [Command::WaitReady]);
+    bench.events_of_checkpoint();
+    assert_eq!(bench.step(Event::Ready), []);
+    assert_eq!(bench.step(Event::Measured { stop, bytes: 4096 }), []);
+    assert_released(&bench.run(Event::Acked { session: 7, at: at(number) }), number);
+}
+
+/// How long it runs now that output waits.
+fn runs(bench: &mut Bench) -> Duration {
+    assert_eq!(bench.step(WAITING), []);
+    bench.engine.deadline().expect("a protected guest is stopped sooner or later") - bench.now
+}
+
+#[test]
+fn what_a_stop_costs_is_said_by_qemus_clock_and_not_by_one_hiccup() {
+    let ms = Duration::from_millis;
+    let mut bench = Bench::protected(settings());
+    for number in 2..5 {
+        // Read for longer than the guest was stopped.
+        checkpoint(&mut bench, number, ms(14), Some(ms(10)));
+    }
+    assert_eq!(runs(&mut bench), ms(20));
+    checkpoint(&mut bench, 5, ms(90), Some(ms(80)));
+    assert_eq!(runs(&mut bench), ms(20), "once is a hiccup");
+    checkpoint(&mut bench, 6, ms(45), Some(ms(40)));
+    assert_eq!(runs(&mut bench), ms(80), "twice is what it costs now");
+    for number in 7..9 {
+        checkpoint(&mut bench, number, ms(30), None);
+    }
+    assert_eq!(runs(&mut bench), ms(60), "QEMU's events are lost: as long as it took");
+}
+
 #[test]
 fn pressing_output_ends_the_epoch_at_once_and_one_epoch_stays_in_flight() {
     let mut bench = Bench::in_flight(settings());
