@@ -126,7 +126,7 @@ impl Watch {
         for (number, descriptor) in (0..).zip(descriptors) {
             epoll::add(&epoll, descriptor, epoll::EventData::new_u64(number), epoll::EventFlags::IN)?;
         }
-        Ok(Self { epoll: sys::watched(epoll)?, asked: Arc::default() })
+        Ok(Self { epoll: sys::watched(epoll)?, asked: Arc::default(), deletions: None })
     }
 
     /// Returns when a frame has come in since the last stop of the guest, or when it is time to ask the qdisc.
