@@ -8,6 +8,8 @@
 //! one thread does all of this in order and opens an epoch only behind the one before; and a record by reference that
 //! is not the first of its page is refused, so what is applied before it does not matter either.
 
+use crate::decode::Crew;
+use crate::image::windows::{HUGE_PAGES, WORD_PAGES, by_page, has_twice};
 use crate::image::{Image, MemoryProvider};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -17,8 +19,9 @@ use understudy_proto::digest::{Digest, PagesDigest};
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::frame::{Codec, FrameReader, Record};
 use understudy_proto::layout::MemoryLayout;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::epoch::{Begin, EpochRef, RejectCode, Seed};
-use understudy_proto::units::PAGE_BYTES;
+use understudy_proto::units::{PAGE_BYTES, PageData};
 
 /// Numbers the attempts at receiving an epoch, so that an answer to an abandoned one is never taken for another's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -218,9 +221,7 @@ impl Assembly {
                         codec::decode(&record, None, &mut scratch)?;
                     }
                     image.apply(&record)?;
-                    let content = image.page(record.block, record.page);
-                    let content = content.filter(|_| record.codec != Codec::Zero);
-                    digest.update(record.block, record.page, content);
+                    digest_of(image, &record, digest);
                     *page_count += 1;
                     Ok(())
                 })?;
@@ -235,6 +236,56 @@ impl Assembly {
                     Ok(())
                 })?;
                 frames.push(frame);
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Assembly::frame`] for several frames, by several threads if they are worth it.
+    ///
+    /// # Errors
+    /// If a record is not valid.
+    pub fn frames(&mut self, frames: &[Bytes], before: Option<&Image>, crew: &mut Crew) -> Result<(), Fault> {
+        if !crew.takes(frames) {
+            return frames.iter().try_for_each(|frame| self.frame(frame.clone(), before));
+        }
+        self.frame_count += frames.len() as u64;
+        self.frame_bytes += frames.iter().map(|frame| frame.len() as u64).sum::<u64>();
+        let Self { digest, page_count, .. } = self;
+        match &mut self.pages {
+            Pages::Full(image) => {
+                let seed = Arc::clone(image.seed());
+                crew.read(frames, &seed.layout, |records, pool, _| {
+                    let refers = records.iter().position(|record| record.codec.is_by_reference());
+                    let (records, refers) = records.split_at(refers.unwrap_or(records.len()));
+                    let items = by_page(records);
+                    if has_twice(&items) {
+                        // The digest is of every content it had.
+                        for record in records {
+                            image.apply(record)?;
+                            digest_of(image, record, digest);
+                        }
+                    } else {
+                        image.apply_all(pool, items, HUGE_PAGES)?;
+                        records.iter().for_each(|record| digest_of(image, record, digest));
+                    }
+                    *page_count += records.len() as u64;
+                    // Says what is wrong with it.
+                    refers.first().map_or(Ok(()), |record| {
+                        codec::decode(record, None, &mut [0; PAGE_BYTES]).map(|_| ())
+                    })
+                })?;
+            }
+            Pages::Delta { seed, frames: kept, seen } => {
+                let before = before.filter(|image| Arc::ptr_eq(image.seed(), seed));
+                crew.read(frames, &seed.layout, |records, pool, decoded| {
+                    *page_count += records.len() as u64;
+                    let take = |record: &Record<'_>, content: Option<&PageData>| {
+                        digest.update(record.block, record.page, content);
+                    };
+                    decoded.decode(records, pool, before, |record| seen.add(record), take)
+                })?;
+                kept.extend_from_slice(frames);
             }
         }
         Ok(())
@@ -289,6 +340,12 @@ impl Assembly {
     }
 }
 
+/// Adds a page that was just written into the image.
+fn digest_of(image: &Image, record: &Record<'_>, digest: &mut PagesDigest) {
+    let content = image.page(record.block, record.page).filter(|_| record.codec != Codec::Zero);
+    digest.update(record.block, record.page, content);
+}
+
 impl Verified {
     /// Whether it replaces the image.
     pub fn is_full(&self) -> bool {
@@ -301,6 +358,14 @@ impl Verified {
     /// If a delta meets no image, or one of another layout, or one in use. Then the image is gone or unchanged,
     /// never half written: every record was decoded against the same layout and the same pages before.
     pub fn apply(self, image: &mut Option<Arc<Image>>) -> Result<(), String> {
+        self.apply_by(image, &mut Crew::new(Pool::single()))
+    }
+
+    /// [`Verified::apply`] by several threads, if the epoch is worth it.
+    ///
+    /// # Errors
+    /// As of [`Verified::apply`].
+    pub fn apply_by(self, image: &mut Option<Arc<Image>>, crew: &mut Crew) -> Result<(), String> {
         let Assembly { at, pages, device, mut reader, .. } = self.0;
         match pages {
             Pages::Full(mut full) => {
@@ -312,13 +377,22 @@ impl Verified {
                 if !Arc::ptr_eq(target.seed(), &seed) {
                     return Err("the image has another layout than the epoch".into());
                 }
-                for frame in &frames {
-                    let written = reader.read(frame, &seed.layout, |record| target.apply(&record));
-                    written.map_err(|e: ProtocolError| e.to_string())?;
-                }
+                let written = if crew.takes(&frames) {
+                    crew.read(&frames, &seed.layout, |records, pool, _| {
+                        target.apply_all(pool, by_page(records), WORD_PAGES)
+                    })
+                } else {
+                    frames.iter().try_for_each(|frame| {
+                        reader.read(frame, &seed.layout, |record| target.apply(&record))
+                    })
+                };
+                written.map_err(|e: ProtocolError| e.to_string())?;
                 target.set_epoch(at, device.into());
             }
         }
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

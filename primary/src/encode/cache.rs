@@ -54,6 +54,27 @@ pub enum Known<'a> {
     Nothing,
 }
 
+/// [`Known`] by the places of pages, so that several can be looked up before the first of them is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lookup {
+    /// As [`Known::Before`].
+    Before(usize),
+    /// As [`Known::Place`].
+    Place(usize),
+    /// As [`Known::Nothing`].
+    Nothing,
+}
+
+impl Lookup {
+    /// Where the new content goes.
+    pub fn place(self) -> Option<usize> {
+        match self {
+            Self::Before(at) | Self::Place(at) => Some(at),
+            Self::Nothing => None,
+        }
+    }
+}
+
 impl std::fmt::Debug for Known<'_> {
     /// Leaves the guest's bytes out.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -138,16 +159,26 @@ impl PageCache {
 
     /// A page is written with something else than zeros.
     pub fn write(&mut self, block: BlockIndex, page: PageIndex) -> Known<'_> {
+        match self.look_up(block, page) {
+            Lookup::Before(at) => self.content_mut(at).map_or(Known::Nothing, Known::Before),
+            Lookup::Place(at) => self.content_mut(at).map_or(Known::Nothing, Known::Place),
+            Lookup::Nothing => Known::Nothing,
+        }
+    }
+
+    /// [`PageCache::write`] of a page whose content is looked at, and replaced, later: in the order in which the pages were
+    /// looked up. Until then its content is as before the epoch, if it is known.
+    pub fn look_up(&mut self, block: BlockIndex, page: PageIndex) -> Lookup {
         let (key, epoch) = (key(block, page), self.epoch());
         if let Some(at) = self.index.get(&key).map(|at| *at as usize) {
-            let Some(slot) = self.slots.get_mut(at) else { return Known::Nothing };
+            let Some(slot) = self.slots.get_mut(at) else { return Lookup::Nothing };
             let again = std::mem::replace(&mut slot.epoch, epoch) == epoch;
             slot.written_since_hand = true;
             if again {
-                return self.page(at).map_or(Known::Nothing, Known::Place);
+                return Lookup::Place(at);
             }
             self.counters.hits += 1;
-            return self.page(at).map_or(Known::Nothing, Known::Before);
+            return Lookup::Before(at);
         }
         self.counters.misses += 1;
         let slot = Slot { key, epoch, written_since_hand: false };
@@ -159,11 +190,11 @@ impl PageCache {
             self.slots[at] = slot;
             at
         } else {
-            return Known::Nothing;
+            return Lookup::Nothing;
         };
         // A cache has fewer pages than 2^32: they would be 16 TiB.
         self.index.insert(key, u32::try_from(at).unwrap_or(u32::MAX));
-        self.page(at).map_or(Known::Nothing, Known::Place)
+        Lookup::Place(at)
     }
 
     /// A page becomes zeros.
@@ -175,10 +206,26 @@ impl PageCache {
 
     /// A page is written and sent without its difference: its place, if it has one, for the new content.
     pub fn held(&mut self, block: BlockIndex, page: PageIndex) -> Option<&mut PageData> {
+        let at = self.look_up_held(block, page).place()?;
+        self.content_mut(at)
+    }
+
+    /// [`PageCache::held`] of a page that is replaced later.
+    pub fn look_up_held(&mut self, block: BlockIndex, page: PageIndex) -> Lookup {
         let epoch = self.epoch();
-        let at = *self.index.get(&key(block, page))? as usize;
-        self.slots.get_mut(at)?.epoch = epoch;
-        self.page(at)
+        let at = self.index.get(&key(block, page)).map(|at| *at as usize);
+        match at.and_then(|at| self.slots.get_mut(at).map(|slot| (at, slot))) {
+            Some((at, slot)) => {
+                slot.epoch = epoch;
+                Lookup::Place(at)
+            }
+            None => Lookup::Nothing,
+        }
+    }
+
+    /// What is at a place that was looked up.
+    pub fn content(&self, at: usize) -> Option<&PageData> {
+        self.slabs.get(at / SLAB_PAGES)?.get(at % SLAB_PAGES).map(|page| &page.0)
     }
 
     /// Counters since the cache was made.
@@ -196,7 +243,8 @@ impl PageCache {
         self.open.map_or(u64::MAX, |(_, epoch)| epoch.0)
     }
 
-    fn page(&mut self, at: usize) -> Option<&mut PageData> {
+    /// What is at a place that was looked up, to be replaced.
+    pub fn content_mut(&mut self, at: usize) -> Option<&mut PageData> {
         while self.slabs.len() <= at / SLAB_PAGES {
             self.slabs.push(vec![Aligned([0; PAGE_BYTES]); SLAB_PAGES].into());
         }
