@@ -9,7 +9,6 @@
 //! is not the first of its page is refused, so what is applied before it does not matter either.
 
 use crate::decode::Crew;
-use crate::image::windows::{HUGE_PAGES, WORD_PAGES, by_page, has_twice};
 use crate::image::{Image, MemoryProvider};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -21,7 +20,7 @@ use understudy_proto::frame::{Codec, FrameReader, Record};
 use understudy_proto::layout::MemoryLayout;
 use understudy_proto::pool::Pool;
 use understudy_proto::rpc::epoch::{Begin, EpochRef, RejectCode, Seed};
-use understudy_proto::units::{PAGE_BYTES, PageData};
+use understudy_proto::units::PAGE_BYTES;
 
 /// Numbers the attempts at receiving an epoch, so that an answer to an abandoned one is never taken for another's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -221,7 +220,9 @@ impl Assembly {
                         codec::decode(&record, None, &mut scratch)?;
                     }
                     image.apply(&record)?;
-                    digest_of(image, &record, digest);
+                    let content = image.page(record.block, record.page);
+                    let content = content.filter(|_| record.codec != Codec::Zero);
+                    digest.update(record.block, record.page, content);
                     *page_count += 1;
                     Ok(())
                 })?;
@@ -246,7 +247,11 @@ impl Assembly {
     /// # Errors
     /// If a record is not valid.
     pub fn frames(&mut self, frames: &[Bytes], before: Option<&Image>, crew: &mut Crew) -> Result<(), Fault> {
-        if !crew.takes(frames) {
+        let layout = match &self.pages {
+            Pages::Full(image) => &image.seed().layout,
+            Pages::Delta { seed, .. } => &seed.layout,
+        };
+        if !crew.decodes(frames, layout) {
             return frames.iter().try_for_each(|frame| self.frame(frame.clone(), before));
         }
         self.frame_count += frames.len() as u64;
@@ -255,24 +260,18 @@ impl Assembly {
         match &mut self.pages {
             Pages::Full(image) => {
                 let seed = Arc::clone(image.seed());
-                crew.read(frames, &seed.layout, |records, pool, _| {
-                    let refers = records.iter().position(|record| record.codec.is_by_reference());
-                    let (records, refers) = records.split_at(refers.unwrap_or(records.len()));
-                    let items = by_page(records);
-                    if has_twice(&items) {
-                        // The digest is of every content it had.
-                        for record in records {
-                            image.apply(record)?;
-                            digest_of(image, record, digest);
-                        }
-                    } else {
-                        image.apply_all(pool, items, HUGE_PAGES)?;
-                        records.iter().for_each(|record| digest_of(image, record, digest));
-                    }
+                crew.read(frames, &seed.layout, |records, pool, decoded| {
                     *page_count += records.len() as u64;
-                    // Says what is wrong with it.
-                    refers.first().map_or(Ok(()), |record| {
-                        codec::decode(record, None, &mut [0; PAGE_BYTES]).map(|_| ())
+                    // What refers to the epoch before is refused: there is none.
+                    decoded.decode(records, pool, None, |record, content| {
+                        let Record { block, page, codec, .. } = *record;
+                        let (codec, payload) = match content {
+                            Some(content) => (Codec::Raw, &content[..]),
+                            None => (codec, record.payload),
+                        };
+                        image.apply(&Record { block, page, codec, payload })?;
+                        digest.update(block, page, content);
+                        Ok(())
                     })
                 })?;
             }
@@ -280,10 +279,11 @@ impl Assembly {
                 let before = before.filter(|image| Arc::ptr_eq(image.seed(), seed));
                 crew.read(frames, &seed.layout, |records, pool, decoded| {
                     *page_count += records.len() as u64;
-                    let take = |record: &Record<'_>, content: Option<&PageData>| {
+                    decoded.decode(records, pool, before, |record, content| {
+                        seen.add(record)?;
                         digest.update(record.block, record.page, content);
-                    };
-                    decoded.decode(records, pool, before, |record| seen.add(record), take)
+                        Ok(())
+                    })
                 })?;
                 kept.extend_from_slice(frames);
             }
@@ -340,12 +340,6 @@ impl Assembly {
     }
 }
 
-/// Adds a page that was just written into the image.
-fn digest_of(image: &Image, record: &Record<'_>, digest: &mut PagesDigest) {
-    let content = image.page(record.block, record.page).filter(|_| record.codec != Codec::Zero);
-    digest.update(record.block, record.page, content);
-}
-
 impl Verified {
     /// Whether it replaces the image.
     pub fn is_full(&self) -> bool {
@@ -377,10 +371,8 @@ impl Verified {
                 if !Arc::ptr_eq(target.seed(), &seed) {
                     return Err("the image has another layout than the epoch".into());
                 }
-                let written = if crew.takes(&frames) {
-                    crew.read(&frames, &seed.layout, |records, pool, _| {
-                        target.apply_all(pool, by_page(records), WORD_PAGES)
-                    })
+                let written = if crew.applies(&frames) {
+                    crew.read(&frames, &seed.layout, |records, pool, _| target.apply_all(pool, records))
                 } else {
                     frames.iter().try_for_each(|frame| {
                         reader.read(frame, &seed.layout, |record| target.apply(&record))

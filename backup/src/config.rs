@@ -52,8 +52,8 @@ pub struct Config {
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub staging_mib: u64,
 
-    /// Threads that decode pages and write them into images, for all guests together beside one for each; 1 leaves each guest
-    /// to its own. By default the CPUs but one, at most 4.
+    /// Threads that decode the pages of a guest and write them into its image at most: its own, and N - 1 that all guests
+    /// share. By default the CPUs but one, at most 4.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub decode_threads: Option<u16>,
 

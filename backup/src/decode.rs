@@ -13,8 +13,8 @@ use understudy_proto::units::{PAGE_BYTES, PageData};
 /// Frames that are taken at once, where so many wait.
 const GROUP_FRAMES: usize = 32;
 
-/// Bytes of frames that are worth waking a thread for: an epoch of 64 raw pages has fewer.
-const MIN_GROUP_BYTES: usize = 320 << 10;
+/// Bytes of frames that are worth waking a thread for: a small epoch has fewer.
+const MIN_GROUP_BYTES: usize = 1 << 20;
 
 /// Bytes of records that are held at once; what must be unpacked is held beside its frame, and may be of very many pages.
 const GROUP_BYTES: usize = 8 << 20;
@@ -23,8 +23,8 @@ const UNPACKED_PART: usize = 4;
 /// Records that are applied at once.
 const GROUP_RECORDS: usize = 8192;
 
-/// Pages that are held decoded at once.
-const DECODED_PAGES: usize = 512;
+/// Pages that are held decoded at once: few enough to be in a cache still when they are digested.
+const DECODED_PAGES: usize = 256;
 
 /// Pages a thread takes at once.
 const PIECE_PAGES: usize = 16;
@@ -47,11 +47,20 @@ struct Unpacked {
     error: Option<ProtocolError>,
 }
 
-/// Pages of a piece of an epoch, where they are not what the records or the image have.
+/// Two pieces of an epoch: one is decoded while the other is digested.
 #[derive(Debug, Default)]
-pub(crate) struct Decoded {
+pub(crate) struct Decoded([Contents; 2]);
+
+/// Pages, where they are not what the records or the image have.
+#[derive(Debug, Default)]
+struct Contents {
     pages: Vec<PageData>,
     errors: Vec<Option<ProtocolError>>,
+}
+
+/// Whether a record is decoded into a place of its own.
+fn is_work(record: &Record<'_>) -> bool {
+    matches!(record.codec, Codec::Xbzrle | Codec::Lz4)
 }
 
 impl Crew {
@@ -72,8 +81,20 @@ impl Crew {
         if self.pool.threads() > 1 { GROUP_FRAMES } else { 1 }
     }
 
-    /// Whether these frames are to be decoded by several threads.
-    pub(crate) fn takes(&self, frames: &[Bytes]) -> bool {
+    /// Whether these frames are to be decoded by several threads. Raw pages are not: what is done with them comes in order.
+    pub(crate) fn decodes(&self, frames: &[Bytes], layout: &MemoryLayout) -> bool {
+        let is_work = |unit: Result<Unit<'_>, ProtocolError>| match unit {
+            Ok(Unit::Page(record)) => is_work(&record),
+            Ok(Unit::Batch(_)) => true,
+            Err(_) => false,
+        };
+        // An epoch that is encoded shows it at once.
+        let seen = frames.first().map(|frame| units(frame, layout).take(PIECE_PAGES).any(is_work));
+        self.applies(frames) && seen == Some(true)
+    }
+
+    /// Whether these frames are to be written into an image by several threads.
+    pub(crate) fn applies(&self, frames: &[Bytes]) -> bool {
         self.pool.threads() > 1 && frames.iter().map(Bytes::len).sum::<usize>() >= self.min_bytes
     }
 
@@ -155,42 +176,42 @@ impl Decoded {
     /// Decodes records over `before`, and gives each with its content, `None` for zeros, to `take`, in order.
     ///
     /// # Errors
-    /// What `check` says of a record before it is decoded; if it does not decode.
+    /// At the first record that does not decode, and what `take` says.
     pub(crate) fn decode(
         &mut self,
         records: &[Record<'_>],
         pool: &Pool,
         before: Option<&Image>,
-        mut check: impl FnMut(&Record<'_>) -> Result<(), ProtocolError>,
-        mut take: impl FnMut(&Record<'_>, Option<&PageData>),
+        mut take: impl FnMut(&Record<'_>, Option<&PageData>) -> Result<(), ProtocolError>,
     ) -> Result<(), ProtocolError> {
-        let Self { pages, errors } = self;
-        let is_work = |record: &Record<'_>| matches!(record.codec, Codec::Xbzrle | Codec::Lz4);
+        let [next, done] = &mut self.0;
         let before_of = |record: &Record<'_>| before.and_then(|image| image.page(record.block, record.page));
         let mut threads = vec![(); pool.threads()];
         let mut scratch = [0; PAGE_BYTES];
-        for records in records.chunks(DECODED_PAGES) {
-            if records.iter().any(is_work) {
-                pages.resize(DECODED_PAGES, [0; PAGE_BYTES]);
-                errors.resize(DECODED_PAGES, None);
-                let pieces = records.chunks(PIECE_PAGES).zip(pages.chunks_mut(PIECE_PAGES));
-                let pieces = pieces.zip(errors.chunks_mut(PIECE_PAGES));
-                pool.share(&mut threads, pieces, |(), ((records, pages), errors)| {
+        let mut behind: &[Record<'_>] = &[];
+        for records in records.chunks(DECODED_PAGES).chain([&[][..]]) {
+            next.pages.resize(DECODED_PAGES, [0; PAGE_BYTES]);
+            next.errors.resize(DECODED_PAGES, None);
+            let pieces = records.chunks(PIECE_PAGES).zip(next.pages.chunks_mut(PIECE_PAGES));
+            let pieces = pieces.zip(next.errors.chunks_mut(PIECE_PAGES));
+            let decode =
+                |(): &mut (), ((records, pages), errors): ((&[Record<'_>], &mut [PageData]), &mut [_])| {
                     let work = records.iter().zip(pages).zip(errors);
                     for ((record, page), error) in work.filter(|((record, _), _)| is_work(record)) {
                         *error = codec::decode(record, before_of(record), page).err();
                     }
-                });
-            }
-            for (at, record) in records.iter().enumerate() {
-                check(record)?;
-                if !is_work(record) {
-                    take(record, codec::decode(record, before_of(record), &mut scratch)?);
-                    continue;
-                }
-                errors.get_mut(at).and_then(Option::take).map_or(Ok(()), Err)?;
-                take(record, pages.get(at));
-            }
+                };
+            pool.share_beside(&mut threads, pieces, decode, || {
+                behind.iter().enumerate().try_for_each(|(at, record)| {
+                    if !is_work(record) {
+                        return take(record, codec::decode(record, before_of(record), &mut scratch)?);
+                    }
+                    done.errors.get_mut(at).and_then(Option::take).map_or(Ok(()), Err)?;
+                    take(record, done.pages.get(at))
+                })
+            })?;
+            std::mem::swap(next, done);
+            behind = records;
         }
         Ok(())
     }

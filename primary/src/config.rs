@@ -48,8 +48,8 @@ pub struct Config {
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     pub page_cache_mib: u32,
 
-    /// Threads that encode pages, for all guests together beside one for each; 1 leaves each guest to its own. By default the
-    /// CPUs but one, at most 4.
+    /// Threads that encode the pages of a guest at most: its own, and N - 1 that all guests share. By default the CPUs but
+    /// one, at most 4.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub encode_threads: Option<u16>,
 

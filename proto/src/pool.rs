@@ -55,6 +55,17 @@ impl Pool {
         pieces: impl ExactSizeIterator<Item = P> + Send,
         work: impl Fn(&mut B, P) + Sync,
     ) {
+        self.share_beside(benches, pieces, work, || ());
+    }
+
+    /// [`Pool::share`] while this thread does something of its own first; gives what comes of that.
+    pub fn share_beside<B: Send, P: Send, R>(
+        &self,
+        benches: &mut [B],
+        pieces: impl ExactSizeIterator<Item = P> + Send,
+        work: impl Fn(&mut B, P) + Sync,
+        first: impl FnOnce() -> R,
+    ) -> R {
         let count = pieces.len();
         let pieces = Mutex::new(pieces);
         let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
@@ -63,16 +74,22 @@ impl Pool {
                 work(bench, piece);
             }
         };
-        let Some((own, others)) = benches.split_first_mut() else { return };
+        let Some((own, others)) = benches.split_first_mut() else { return first() };
         match &self.helpers {
             Some(helpers) if count > 1 => helpers.in_place_scope(|scope| {
                 let most = helpers.current_num_threads().min(count - 1);
                 for bench in others.iter_mut().take(most) {
                     scope.spawn(|_| work(bench));
                 }
+                let done = first();
                 work(own);
+                done
             }),
-            _ => work(own),
+            _ => {
+                let done = first();
+                work(own);
+                done
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use understudy_proto::codec::PageEncoder;
 use understudy_proto::frame::{FrameBuilder, FrameTotals};
 use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::layout::RamBlock;
-use understudy_proto::units::{BlockIndex, PageIndex};
+use understudy_proto::units::{BlockIndex, PageData, PageIndex};
 
 const PAGES: u64 = 300;
 

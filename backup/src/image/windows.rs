@@ -7,17 +7,14 @@ use understudy_proto::pool::Pool;
 use understudy_proto::units::{PAGE_BYTES, PageData};
 
 /// Pages that are never parted: their bits of what was written are one word.
-pub(crate) const WORD_PAGES: u64 = 64;
+const WORD_PAGES: u64 = 64;
 
-/// Pages that are better not parted where memory is new: the kernel clears so many at once.
-pub(crate) const HUGE_PAGES: u64 = 512;
-
-/// Pieces for each thread, so that one with many faults does not keep the others waiting.
+/// Pieces for each thread, so that one that has more to do does not keep the others waiting.
 const PIECES: usize = 4;
 
 /// A record on its way into the image.
 #[derive(Debug)]
-pub(crate) struct Item<'a> {
+struct Item<'a> {
     /// Its place among the others.
     at: usize,
     record: Record<'a>,
@@ -25,17 +22,11 @@ pub(crate) struct Item<'a> {
 }
 
 /// Records in the order of their pages, those of a page in the order in which they came.
-pub(crate) fn by_page<'a>(records: &[Record<'a>]) -> Vec<Item<'a>> {
+fn by_page<'a>(records: &[Record<'a>]) -> Vec<Item<'a>> {
     let item = |(at, record): (usize, &Record<'a>)| Item { at, record: *record, error: None };
     let mut items: Vec<_> = records.iter().enumerate().map(item).collect();
     items.sort_by_key(|item| (item.record.block.0, item.record.page.get()));
     items
-}
-
-/// Whether a page comes twice.
-pub(crate) fn has_twice(items: &[Item<'_>]) -> bool {
-    let page = |item: &Item<'_>| (item.record.block, item.record.page);
-    items.windows(2).any(|pair| matches!(pair, [one, next] if page(one) == page(next)))
 }
 
 /// A part of a block, and the records for it.
@@ -57,19 +48,14 @@ impl Window<'_, '_> {
 }
 
 impl Image {
-    /// [`Image::apply`] for records from [`by_page`], by the threads of the pool. No two of them write into the same
-    /// `region_pages`, a multiple of [`WORD_PAGES`].
+    /// [`Image::apply`] for several records, by the threads of the pool.
     ///
     /// # Errors
     /// The error of the record that came first of those that have one. The others are applied.
-    pub(crate) fn apply_all(
-        &mut self,
-        pool: &Pool,
-        mut items: Vec<Item<'_>>,
-        region_pages: u64,
-    ) -> Result<(), ProtocolError> {
+    pub(crate) fn apply_all(&mut self, pool: &Pool, records: &[Record<'_>]) -> Result<(), ProtocolError> {
+        let mut items = by_page(records);
         let count = items.len().div_ceil(pool.threads() * PIECES).max(1);
-        let windows = self.windows(&mut items, count, region_pages)?;
+        let windows = self.windows(&mut items, count)?;
         let mut threads = vec![(); pool.threads()];
         pool.share(&mut threads, windows.into_iter(), |(), mut window| window.fill());
         let first = items.into_iter().filter_map(|item| item.error.map(|error| (item.at, error)));
@@ -81,7 +67,6 @@ impl Image {
         &'a mut self,
         mut items: &'a mut [Item<'r>],
         count: usize,
-        region_pages: u64,
     ) -> Result<Vec<Window<'a, 'r>>, ProtocolError> {
         let mut windows = Vec::with_capacity(items.len() / count + self.blocks.len());
         for (number, block) in (0u16..).zip(&mut self.blocks) {
@@ -89,14 +74,14 @@ impl Image {
             let mut written = &mut block.written[..];
             let mut first_page = 0;
             loop {
-                let region = |item: &Item<'_>| item.record.page.get() / region_pages;
+                let region = |item: &Item<'_>| item.record.page.get() / WORD_PAGES;
                 let here = items.iter().take_while(|item| item.record.block.0 == number);
                 let Some((_, last)) = (1..=count).zip(here).last() else { break };
                 let end_region = region(last) + 1;
                 let is_inside = |item: &&Item<'_>| item.record.block.0 == number && region(item) < end_region;
                 let inside = items.iter().take_while(is_inside).count();
                 // What is beyond the end of the block is found when it is written.
-                let end_page = end_region.saturating_mul(region_pages);
+                let end_page = end_region.saturating_mul(WORD_PAGES);
                 let parted = |all: usize, each: u64| {
                     let wanted = usize::try_from((end_page - first_page) / each);
                     wanted.unwrap_or(usize::MAX).min(all)
@@ -145,7 +130,7 @@ mod tests {
         #[test]
         fn several_threads_write_what_one_writes(
             pages in prop::collection::vec((0u16..4, 0u64..1600, 0u8..4), 0..800),
-            threads in 1usize..5, huge: bool, outside: bool,
+            threads in 1usize..5, outside: bool,
         ) {
             let contents = [[0; PAGE_BYTES], [1; PAGE_BYTES], [2; PAGE_BYTES], [3; PAGE_BYTES]];
             let record = |(block, page, fill): &(u16, u64, u8)| {
@@ -161,9 +146,8 @@ mod tests {
             let records: Vec<_> = pages.iter().map(record).collect();
             let (mut one, mut several) = (image(), image());
             let expected = records.iter().filter_map(|record| one.apply(record).err()).next();
-            let region = if huge { HUGE_PAGES } else { WORD_PAGES };
             let pool = Pool::new("test", threads).unwrap();
-            let got = several.apply_all(&pool, by_page(&records), region).err();
+            let got = several.apply_all(&pool, &records).err();
             prop_assert_eq!(got.is_some(), expected.is_some());
             // A block that is not there is seen before anything is written.
             if got.is_none() || records.iter().all(|record| record.block.0 < 3) {

@@ -22,11 +22,17 @@ use super::governor::Plan;
 use super::{OpenEpoch, Recoder};
 
 /// Frames that are taken at once, where so many wait.
-const GROUP_FRAMES: usize = 8;
+const GROUP_FRAMES: usize = 16;
 
-/// Bytes of a group that is worth waking a thread for. A small epoch has less, and so has what waits for an encoder that keeps
-/// up.
-const MIN_GROUP_BYTES: usize = 3 * FRAME_TARGET_BYTES / 2;
+/// Bytes of a group that is worth waking a thread for, under each plan. What waits for an encoder that keeps up is less.
+fn min_group_bytes(plan: Plan) -> usize {
+    match plan {
+        Plan::Lz4 => 3 * FRAME_TARGET_BYTES / 2,
+        // Known pages take as long as one thread's waking up and the other's waiting for it, others much longer.
+        Plan::DeltaLz4 | Plan::DeltaBatch => 7 * FRAME_TARGET_BYTES,
+        Plan::Raw | Plan::Delta => usize::MAX,
+    }
+}
 
 /// Pages of a group; zero pages are many to a frame.
 const GROUP_PAGES: usize = 1024;
@@ -40,6 +46,7 @@ pub(super) struct Crew {
     pool: Pool,
     benches: Vec<Bench>,
     batches: Batches,
+    min_group_bytes: fn(Plan) -> usize,
 }
 
 /// What a thread needs for it.
@@ -91,7 +98,13 @@ impl Crew {
             batches: Duration::ZERO,
         };
         let benches = if pool.threads() > 1 { (0..pool.threads()).map(bench).collect() } else { Vec::new() };
-        Self { pool, benches, batches: Batches::default() }
+        Self { pool, benches, batches: Batches::default(), min_group_bytes }
+    }
+
+    /// One that helps with whatever there is.
+    #[cfg(test)]
+    pub(super) fn eager(self) -> Self {
+        Self { min_group_bytes: |plan| if plan == Plan::Raw { usize::MAX } else { 0 }, ..self }
     }
 
     pub(super) fn threads(&self) -> usize {
@@ -99,8 +112,8 @@ impl Crew {
     }
 
     /// Whether these frames are to be encoded by several threads.
-    fn takes(&self, frames: &[Bytes]) -> bool {
-        self.threads() > 1 && frames.iter().map(Bytes::len).sum::<usize>() >= MIN_GROUP_BYTES
+    fn takes(&self, frames: &[Bytes], plan: Plan) -> bool {
+        self.threads() > 1 && frames.iter().map(Bytes::len).sum::<usize>() >= (self.min_group_bytes)(plan)
     }
 }
 
@@ -137,9 +150,8 @@ impl Recoder {
     /// # Errors
     /// If a frame is not what a capture makes: a fault of ours.
     pub fn frames(&mut self, frames: &[Bytes], out: &mut Vec<Bytes>) -> Result<(), ProtocolError> {
-        let Some(layout) =
-            self.layout.clone().filter(|_| self.epoch.plan != Plan::Raw && self.crew.takes(frames))
-        else {
+        let takes = self.crew.takes(frames, self.epoch.plan);
+        let Some(layout) = self.layout.clone().filter(|_| takes) else {
             return frames.iter().try_for_each(|frame| self.frame(frame.clone(), out));
         };
         let cached = self.epoch.plan.uses_cache();
@@ -190,7 +202,7 @@ impl Recoder {
         began: Instant,
         out: &mut Vec<Bytes>,
     ) -> Result<(), ProtocolError> {
-        let Self { cache, builder, epoch, crew: Crew { pool, benches, batches }, .. } = self;
+        let Self { cache, builder, epoch, crew: Crew { pool, benches, batches, .. }, .. } = self;
         for bench in &mut *benches {
             bench.payloads.clear();
             bench.batches = Duration::ZERO;

@@ -249,7 +249,7 @@ proptest! {
         let governor = if trial { Governor::trying(plan) } else { Governor::fixed(plan) };
         let mut one = Guest::with_cache(governor.clone(), cache_pages);
         let mut four = Guest::with_cache(governor, cache_pages);
-        four.recoder = four.recoder.with_pool(Pool::new("test", 4).unwrap());
+        four.recoder.crew = Crew::new(Pool::new("test", 4).unwrap()).eager();
         for (number, (pages, group)) in epochs.iter().enumerate() {
             let kind = if number == 0 { EpochKind::Full } else { EpochKind::Delta };
             let (expected, totals) = one.epoch(kind, ALL, pages);
