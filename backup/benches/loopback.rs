@@ -1,7 +1,7 @@
 //! Time from the first message of an epoch to its acknowledgement, over loopback, against plain TCP of the same bytes
 //! with a one-byte answer.
 //!
-//! `cargo xtask bench transfer --json FILE`, or `cargo bench -p understudy-backup --bench loopback -- [--json FILE]`
+//! `cargo xtask bench transfer --json FILE`, or `cargo bench -p understudy-backup --bench loopback -- [--json FILE] [--decode-threads N]`
 #![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
 #[path = "../tests/support/mod.rs"]
@@ -12,6 +12,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 use support::*;
 use understudy_proto::epoch::EpochKind::{self, Delta, Full};
+use understudy_proto::pool::Pool;
 use understudy_proto::units::PAGE_BYTES;
 
 const ROUNDS: usize = 30;
@@ -36,8 +37,13 @@ fn pages(count: u64, salt: u64) -> Vec<Page> {
         .collect()
 }
 
-async fn epochs(guest_pages: u64, epoch_pages: u64, kind: EpochKind) -> (Vec<Duration>, Vec<bytes::Bytes>) {
-    let backup = Backup::start().await;
+async fn epochs(
+    guest_pages: u64,
+    epoch_pages: u64,
+    kind: EpochKind,
+    threads: usize,
+) -> (Vec<Duration>, Vec<bytes::Bytes>) {
+    let backup = Backup::with_threads(threads).await;
     let layout = layout(&[guest_pages]);
     let mut primary = Primary::connect(&backup, hello(1)).await.unwrap();
     primary.commit(&Epoch::new(at(1, 1), Full, &layout, &pages(guest_pages, 0), &[1; 150_000])).await;
@@ -86,7 +92,9 @@ fn plain_tcp(frames: &[bytes::Bytes]) -> Vec<Duration> {
 
 fn main() {
     let arguments: Vec<_> = std::env::args().collect();
-    let json = arguments.iter().position(|a| a == "--json").and_then(|i| arguments.get(i + 1));
+    let argument = |name| arguments.iter().position(|a| a == name).and_then(|i| arguments.get(i + 1));
+    let json = argument("--json");
+    let threads = argument("--decode-threads").map_or_else(Pool::usual_threads, |n| n.parse().unwrap());
     // As in the agent, whose process this is, and the primary's.
     understudy_backup::host::keep_freed_memory();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
@@ -97,7 +105,7 @@ fn main() {
         ("delta 4 MiB", 16384, 1024, Delta),
         ("delta 64 KiB", 16384, 16, Delta),
     ] {
-        let (times, frames) = runtime.block_on(epochs(guest_pages, epoch_pages, kind));
+        let (times, frames) = runtime.block_on(epochs(guest_pages, epoch_pages, kind, threads));
         let mut medians = Vec::new();
         for (subject, mut times) in [("understudy", times), ("raw", plain_tcp(&frames))] {
             times.sort();
@@ -123,6 +131,7 @@ fn main() {
             "bench": "transfer",
             "command": "cargo xtask bench transfer",
             "host": { "cpus": cpus },
+            "decode_threads": threads,
             "rows": rows,
             "goals": goals,
         });

@@ -8,6 +8,7 @@
 //! one thread does all of this in order and opens an epoch only behind the one before; and a record by reference that
 //! is not the first of its page is refused, so what is applied before it does not matter either.
 
+use crate::decode::Crew;
 use crate::image::{Image, MemoryProvider};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use understudy_proto::digest::{Digest, PagesDigest};
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::frame::{Codec, FrameReader, Record};
 use understudy_proto::layout::MemoryLayout;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::epoch::{Begin, EpochRef, RejectCode, Seed};
 use understudy_proto::units::PAGE_BYTES;
 
@@ -240,6 +242,55 @@ impl Assembly {
         Ok(())
     }
 
+    /// [`Assembly::frame`] for several frames, by several threads if they are worth it.
+    ///
+    /// # Errors
+    /// If a record is not valid.
+    pub fn frames(&mut self, frames: &[Bytes], before: Option<&Image>, crew: &mut Crew) -> Result<(), Fault> {
+        let layout = match &self.pages {
+            Pages::Full(image) => &image.seed().layout,
+            Pages::Delta { seed, .. } => &seed.layout,
+        };
+        if !crew.decodes(frames, layout) {
+            return frames.iter().try_for_each(|frame| self.frame(frame.clone(), before));
+        }
+        self.frame_count += frames.len() as u64;
+        self.frame_bytes += frames.iter().map(|frame| frame.len() as u64).sum::<u64>();
+        let Self { digest, page_count, .. } = self;
+        match &mut self.pages {
+            Pages::Full(image) => {
+                let seed = Arc::clone(image.seed());
+                crew.read(frames, &seed.layout, |records, pool, decoded| {
+                    *page_count += records.len() as u64;
+                    // What refers to the epoch before is refused: there is none.
+                    decoded.decode(records, pool, None, |record, content| {
+                        let Record { block, page, codec, .. } = *record;
+                        let (codec, payload) = match content {
+                            Some(content) => (Codec::Raw, &content[..]),
+                            None => (codec, record.payload),
+                        };
+                        image.apply(&Record { block, page, codec, payload })?;
+                        digest.update(block, page, content);
+                        Ok(())
+                    })
+                })?;
+            }
+            Pages::Delta { seed, frames: kept, seen } => {
+                let before = before.filter(|image| Arc::ptr_eq(image.seed(), seed));
+                crew.read(frames, &seed.layout, |records, pool, decoded| {
+                    *page_count += records.len() as u64;
+                    decoded.decode(records, pool, before, |record, content| {
+                        seen.add(record)?;
+                        digest.update(record.block, record.page, content);
+                        Ok(())
+                    })
+                })?;
+                kept.extend_from_slice(frames);
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the next piece of the device buffer; the caller has checked order and size.
     pub fn device(&mut self, piece: &[u8]) {
         self.device.extend_from_slice(piece);
@@ -301,6 +352,14 @@ impl Verified {
     /// If a delta meets no image, or one of another layout, or one in use. Then the image is gone or unchanged,
     /// never half written: every record was decoded against the same layout and the same pages before.
     pub fn apply(self, image: &mut Option<Arc<Image>>) -> Result<(), String> {
+        self.apply_by(image, &mut Crew::new(Pool::single()))
+    }
+
+    /// [`Verified::apply`] by several threads, if the epoch is worth it.
+    ///
+    /// # Errors
+    /// As of [`Verified::apply`].
+    pub fn apply_by(self, image: &mut Option<Arc<Image>>, crew: &mut Crew) -> Result<(), String> {
         let Assembly { at, pages, device, mut reader, .. } = self.0;
         match pages {
             Pages::Full(mut full) => {
@@ -312,13 +371,20 @@ impl Verified {
                 if !Arc::ptr_eq(target.seed(), &seed) {
                     return Err("the image has another layout than the epoch".into());
                 }
-                for frame in &frames {
-                    let written = reader.read(frame, &seed.layout, |record| target.apply(&record));
-                    written.map_err(|e: ProtocolError| e.to_string())?;
-                }
+                let written = if crew.applies(&frames) {
+                    crew.read(&frames, &seed.layout, |records, pool, _| target.apply_all(pool, records))
+                } else {
+                    frames.iter().try_for_each(|frame| {
+                        reader.read(frame, &seed.layout, |record| target.apply(&record))
+                    })
+                };
+                written.map_err(|e: ProtocolError| e.to_string())?;
                 target.set_epoch(at, device.into());
             }
         }
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,7 @@
 use clap::Parser;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::transport::{self, AdminTcp, Security, TlsFiles};
 
 /// The Understudy agent of a backup host: holds the images of guests that run elsewhere and starts them when told.
@@ -50,6 +51,11 @@ pub struct Config {
     /// Memory per guest for an epoch that is not complete yet, MiB. An epoch that needs more costs a full copy.
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub staging_mib: u64,
+
+    /// Threads that decode the pages of a guest and write them into its image at most: its own, and N - 1 that all guests
+    /// share. By default the CPUs but one, at most 4.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub decode_threads: Option<u16>,
 
     /// Load the memory of a standby at its promotion, not ahead of it: the promotion takes longer, by the size of the
     /// memory. Without this it is kept up to date in a file shared with QEMU, where memory_backing_dir of libvirt's
@@ -137,6 +143,11 @@ impl Config {
             }
         }
         if mistakes.is_empty() { Ok(()) } else { Err(mistakes.join("\n")) }
+    }
+
+    /// Threads that work on the pages of a guest at most.
+    pub fn decode_threads(&self) -> usize {
+        self.decode_threads.map_or_else(Pool::usual_threads, usize::from)
     }
 
     /// The test hook as configured.

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use understudy_proto::control::ControlFile;
 use understudy_proto::negotiate::Agreement;
 use understudy_proto::ownership::Term;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::admin::{FailoverRequest, GuestStatus, Progress};
 use understudy_proto::rpc::epoch::{BackupMessage, Hello};
 use understudy_proto::rpc::{Failure, FailureKind, Inbound};
@@ -85,6 +86,8 @@ pub struct Tools {
     pub memory: Arc<dyn MemoryProvider>,
     /// Test hook.
     pub dump: Dump,
+    /// Threads that help to decode the pages of any guest.
+    pub pool: Pool,
     /// QEMU and libvirt versions for the status.
     pub versions: (String, String),
 }

@@ -1,5 +1,7 @@
 //! The memory of a guest as of one committed epoch, with the device state of the same epoch (invariant 2).
 
+pub(crate) mod windows;
+
 use crate::shared::{SharedFile, SharedMemory};
 use crate::sys::ZeroedMemory;
 use bytes::Bytes;
@@ -96,6 +98,31 @@ struct Block {
     memory: Box<dyn BlockMemory>,
     /// A bit per page that was ever written; the others are zero without having been touched.
     written: Vec<u64>,
+}
+
+/// See [`Image::apply`]; `index` is of the page among these.
+fn put(
+    record: &Record<'_>,
+    index: Option<usize>,
+    pages: &mut [PageData],
+    written: &mut [u64],
+) -> Result<(), ProtocolError> {
+    let index = index.ok_or_else(|| outside(record))?;
+    let (Some(memory), Some(word)) = (pages.get_mut(index), written.get_mut(index / 64)) else {
+        return Err(outside(record));
+    };
+    let bit = 1 << (index % 64);
+    match record.codec {
+        Codec::Unchanged => return Ok(()),
+        Codec::Zero if *word & bit == 0 => return Ok(()),
+        Codec::Zero => {}
+        _ => *word |= bit,
+    }
+    codec::apply(record, memory)
+}
+
+fn outside(record: &Record<'_>) -> ProtocolError {
+    ProtocolError::invalid("page index", format!("{} of block {}", record.page, record.block))
 }
 
 /// The image of a guest.
@@ -204,23 +231,11 @@ impl Image {
     /// # Errors
     /// If the layout has no such page, or the record does not decode: then the page is neither old nor new.
     pub fn apply(&mut self, record: &Record<'_>) -> Result<(), ProtocolError> {
-        let Record { block, page, codec, .. } = *record;
+        let Record { block, page, .. } = *record;
         self.seed.layout.check_page(block, page)?;
-        let outside = || ProtocolError::invalid("page index", format!("{page} of block {block}"));
-        let target = self.blocks.get_mut(usize::from(block.0)).ok_or_else(outside)?;
-        let index = usize::try_from(page.get()).map_err(|_| outside())?;
+        let target = self.blocks.get_mut(usize::from(block.0)).ok_or_else(|| outside(record))?;
         let (pages, _) = target.memory.bytes_mut().as_chunks_mut::<PAGE_BYTES>();
-        let (Some(memory), Some(word)) = (pages.get_mut(index), target.written.get_mut(index / 64)) else {
-            return Err(outside());
-        };
-        let bit = 1 << (index % 64);
-        match codec {
-            Codec::Unchanged => return Ok(()),
-            Codec::Zero if *word & bit == 0 => return Ok(()),
-            Codec::Zero => {}
-            _ => *word |= bit,
-        }
-        codec::apply(record, memory)
+        put(record, usize::try_from(page.get()).ok(), pages, &mut target.written)
     }
 
     /// A page as it is.

@@ -17,6 +17,7 @@ pub mod agent;
 pub mod assembly;
 pub mod config;
 pub mod control_store;
+pub mod decode;
 pub mod dump;
 pub mod engine;
 pub mod guest;

@@ -13,6 +13,7 @@ use understudy_backup::guest::Tools;
 use understudy_backup::image::AnonymousMemory;
 use understudy_backup::libvirt::LibvirtPromoter;
 use understudy_backup::server::Sockets;
+use understudy_proto::pool::Pool;
 
 fn main() -> anyhow::Result<()> {
     let config = Config::parse();
@@ -50,6 +51,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         store: Arc::new(store),
         memory: Arc::new(AnonymousMemory),
         dump: config.dump(),
+        pool: Pool::new("decode", config.decode_threads()).map_err(anyhow::Error::msg)?,
         versions: Default::default(),
     };
     let agent = Agent::start(tools, config.staging_mib << 20).await.context("cannot start the agent")?;

@@ -4,6 +4,7 @@
 //! was ordered before.
 
 use crate::assembly::{Assembly, Attempt, Fault, Proof, Verified};
+use crate::decode::Crew;
 use crate::dump::Dump;
 use crate::image::{Image, MemoryProvider, Move};
 use crate::shared::SharedMemory;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 use understudy_proto::epoch::{EpochKind, EpochManifest};
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::epoch::{Begin, EpochRef, RejectCode, Seed};
 
 /// Jobs that may wait: enough to keep the thread busy, few enough to bound memory (a frame is 320 KiB at most).
@@ -70,15 +72,21 @@ pub fn start(
     name: &str,
     provider: Arc<dyn MemoryProvider>,
     dump: Dump,
+    pool: Pool,
 ) -> std::io::Result<(mpsc::Sender<Job>, mpsc::Receiver<Report>)> {
     let (job_tx, mut jobs) = mpsc::channel(JOBS);
     let (reports, report_rx) = mpsc::channel(REPORTS);
     // Linux shows 15 bytes of it.
     std::thread::Builder::new().name(format!("image {name}")).spawn(move || {
-        let mut worker = Worker::new(provider, dump);
+        let mut worker = Worker::new(provider, dump, Crew::new(pool));
+        let (mut frames, mut behind) = (Vec::new(), None);
         loop {
             // A move takes its steps between jobs, so epochs wait for one step of it at most.
-            let job = if worker.moving.is_some() { jobs.try_recv() } else { Err(TryRecvError::Empty) };
+            let job = match behind.take() {
+                Some(job) => Ok(job),
+                None if worker.moving.is_some() => jobs.try_recv(),
+                None => Err(TryRecvError::Empty),
+            };
             let job = match job {
                 Ok(job) => Some(job),
                 Err(TryRecvError::Disconnected) => return,
@@ -89,7 +97,22 @@ pub fn start(
                 },
             };
             let moved = worker.move_on(if matches!(job, Some(Job::TakeImage)) { usize::MAX } else { 1 });
-            let done = job.and_then(|job| worker.perform(job));
+            let done = match job {
+                Some(Job::Frame(frame)) => {
+                    frames.push(frame);
+                    while behind.is_none() && frames.len() < worker.crew.group_frames() {
+                        match jobs.try_recv() {
+                            Ok(Job::Frame(frame)) => frames.push(frame),
+                            Ok(job) => behind = Some(job),
+                            Err(_) => break,
+                        }
+                    }
+                    let done = worker.frames(&frames);
+                    frames.clear();
+                    done
+                }
+                job => job.and_then(|job| worker.perform(job)),
+            };
             for report in moved.into_iter().chain(done) {
                 if reports.blocking_send(report).is_err() {
                     return;
@@ -106,6 +129,7 @@ pub struct Hands {
     name: String,
     provider: Arc<dyn MemoryProvider>,
     dump: Dump,
+    pool: Pool,
     thread: Option<(mpsc::Sender<Job>, mpsc::Receiver<Report>)>,
 }
 
@@ -117,8 +141,8 @@ impl std::fmt::Debug for Hands {
 
 impl Hands {
     /// Of the guest with this name; no thread yet.
-    pub fn new(name: &str, provider: Arc<dyn MemoryProvider>, dump: Dump) -> Self {
-        Self { name: name.to_owned(), provider, dump, thread: None }
+    pub fn new(name: &str, provider: Arc<dyn MemoryProvider>, dump: Dump, pool: Pool) -> Self {
+        Self { name: name.to_owned(), provider, dump, pool, thread: None }
     }
 
     /// Gives the thread a job when it has room for it. One that has ended shows as the end of its reports.
@@ -128,7 +152,8 @@ impl Hands {
             // There is nothing to drop.
             None if matches!(job, Job::DiscardEpoch | Job::DropImage) => return,
             none => {
-                let started = start(&self.name, Arc::clone(&self.provider), self.dump.clone());
+                let started =
+                    start(&self.name, Arc::clone(&self.provider), self.dump.clone(), self.pool.clone());
                 none.insert(started.unwrap_or_else(|error| {
                     tracing::error!(guest = self.name, %error, "no thread for its image");
                     (mpsc::channel(1).0, mpsc::channel(1).1)
@@ -158,6 +183,7 @@ impl Hands {
 struct Worker {
     provider: Arc<dyn MemoryProvider>,
     dump: Dump,
+    crew: Crew,
     open: Option<Assembly>,
     verified: Option<(Verified, Attempt, EpochRef)>,
     image: Option<Arc<Image>>,
@@ -165,8 +191,8 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(provider: Arc<dyn MemoryProvider>, dump: Dump) -> Self {
-        Self { provider, dump, open: None, verified: None, image: None, moving: None }
+    fn new(provider: Arc<dyn MemoryProvider>, dump: Dump, crew: Crew) -> Self {
+        Self { provider, dump, crew, open: None, verified: None, image: None, moving: None }
     }
 
     /// Takes so many steps of the move, if one is under way; gives its end.
@@ -190,6 +216,15 @@ impl Worker {
         None
     }
 
+    /// Takes frames that came one behind the other.
+    fn frames(&mut self, frames: &[Bytes]) -> Option<Report> {
+        let assembly = self.open.as_mut()?;
+        let (attempt, at) = (assembly.attempt(), assembly.at());
+        let fault = assembly.frames(frames, self.image.as_deref(), &mut self.crew).err()?;
+        self.open = None;
+        Some(Report::Rejected(attempt, at, fault))
+    }
+
     fn perform(&mut self, job: Job) -> Option<Report> {
         match job {
             Job::Open(attempt, begin, seed) => {
@@ -209,13 +244,7 @@ impl Worker {
                 }
                 None
             }
-            Job::Frame(frame) => {
-                let assembly = self.open.as_mut()?;
-                let (attempt, at) = (assembly.attempt(), assembly.at());
-                let fault = assembly.frame(frame, self.image.as_deref()).err()?;
-                self.open = None;
-                Some(Report::Rejected(attempt, at, fault))
-            }
+            Job::Frame(frame) => self.frames(&[frame]),
             Job::Device(piece) => {
                 self.open.as_mut()?.device(&piece);
                 None
@@ -238,7 +267,7 @@ impl Worker {
                             // The move was of the image that is replaced; its owner orders another.
                             self.moving = None;
                         }
-                        verified.apply(&mut self.image).map(|()| at)
+                        verified.apply_by(&mut self.image, &mut self.crew).map(|()| at)
                     }
                     _ => Err("the verified epoch is gone".to_owned()),
                 };
@@ -260,7 +289,7 @@ impl Worker {
                 None
             }
             Job::DropImage => {
-                *self = Self::new(Arc::clone(&self.provider), self.dump.clone());
+                (self.open, self.verified, self.image, self.moving) = (None, None, None, None);
                 None
             }
             Job::Adopt(number, shared) => {
@@ -289,7 +318,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_guest_that_is_only_remembered_has_no_thread() {
-        let mut hands = Hands::new("resting", Arc::new(AnonymousMemory), Dump::default());
+        let mut hands = Hands::new("resting", Arc::new(AnonymousMemory), Dump::default(), Pool::single());
         hands.give(Job::DropImage).await;
         hands.give(Job::DiscardEpoch).await;
         assert_eq!(threads(), 0);

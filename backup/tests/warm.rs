@@ -20,6 +20,7 @@ use understudy_backup::worker::{self, Job, Report};
 use understudy_libvirt::{Domain, RunState, XmlFlags, qmp};
 use understudy_proto::epoch::EpochKind::{Delta, Full};
 use understudy_proto::ids::GuestId;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::epoch::{Begin, Seed};
 use understudy_proto::units::PAGE_BYTES;
 
@@ -82,7 +83,8 @@ struct Worker {
 
 impl Worker {
     fn start() -> Self {
-        let (jobs, reports) = worker::start("web", Arc::new(AnonymousMemory), Dump::default()).unwrap();
+        let (jobs, reports) =
+            worker::start("web", Arc::new(AnonymousMemory), Dump::default(), Pool::single()).unwrap();
         Self { jobs, reports, attempts: 0 }
     }
 

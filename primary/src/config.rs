@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::transport::{self, Security, TlsFiles};
 use understudy_proto::rpc::{Failure, transport::AdminTcp};
 
@@ -46,6 +47,11 @@ pub struct Config {
     /// Memory for what guests have rewritten, per guest, in MiB: differences are taken from it.
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     pub page_cache_mib: u32,
+
+    /// Threads that encode the pages of a guest at most: its own, and N - 1 that all guests share. By default the CPUs but
+    /// one, at most 4.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub encode_threads: Option<u16>,
 
     /// Name of this host in messages; libvirt's name for it by default.
     #[arg(long, value_name = "NAME")]
@@ -109,7 +115,13 @@ impl Config {
     /// How the pages of each guest are encoded.
     pub fn encoding(&self) -> Encoding {
         let cache_mib = usize::try_from(self.page_cache_mib).unwrap_or(0);
-        Encoding { compress: self.compress, cache_bytes: cache_mib.saturating_mul(1 << 20) }
+        let cache_bytes = cache_mib.saturating_mul(1 << 20);
+        Encoding { compress: self.compress, cache_bytes, ..Encoding::default() }
+    }
+
+    /// Threads that work on the pages of a guest at most.
+    pub fn encode_threads(&self) -> usize {
+        self.encode_threads.map_or_else(Pool::usual_threads, usize::from)
     }
 
     /// How a guest's epochs travel to `host`.

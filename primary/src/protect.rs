@@ -19,6 +19,7 @@ use crate::agent::{Agent, Barrier, Gate, LibvirtGuest, Output, Plan};
 use crate::capture::{ColoOptions, ColoSource};
 use crate::config;
 use crate::egress::{self, NetlinkGate, OutputGate, SharedKeeper};
+use crate::encode::Encoding;
 use crate::engine::Settings;
 use crate::state_file::ProtectedGuest;
 
@@ -382,7 +383,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
         source: Box::new(source),
         barrier: barrier(agent, &domain),
         output,
-        encoding: agent.config.encoding(),
+        encoding: Encoding { pool: agent.pool.clone(), ..agent.config.encoding() },
     })
 }
 

@@ -24,7 +24,7 @@ pub(crate) enum Bench {
     Wire,
     /// What the governor makes of a link, beside the same epochs raw
     Governor,
-    /// What encoding a page costs
+    /// What encoding a page costs, and what a second thread brings
     Codec,
     /// Memory of encoder and image
     Memory,

@@ -21,6 +21,7 @@ use understudy_proto::epoch::EpochManifest;
 use understudy_proto::frame::{FrameBuilder, FrameTotals};
 use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::layout::{MemoryLayout, RamBlock};
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::epoch::{Begin, Seed};
 use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex, ZERO_PAGE};
 
@@ -139,8 +140,10 @@ struct Sent {
 }
 
 impl Pair {
-    fn new(plan: Plan) -> Self {
-        let (jobs, reports) = worker::start("test", Arc::new(AnonymousMemory), Dump::default()).unwrap();
+    fn new(plan: Plan, threads: usize) -> Self {
+        let pool = Pool::new("test", threads).unwrap();
+        let (jobs, reports) =
+            worker::start("test", Arc::new(AnonymousMemory), Dump::default(), pool).unwrap();
         let recoder = Recoder::new(Governor::fixed(plan), CACHE_BYTES, Arc::default(), Arc::default());
         Self { recoder, jobs, reports, seed: seed(), attempt: 0, epoch: EpochId(0) }
     }
@@ -289,8 +292,9 @@ proptest! {
     fn the_image_is_the_guest_of_the_last_committed_epoch(
         epochs in prop::collection::vec((prop::collection::vec(write(), 0..300), fate(), codecs()), 1..25),
         plan in prop::sample::select(Plan::ALL.to_vec()),
+        threads in prop::sample::select(vec![1usize, 3]),
     ) {
-        let (mut pair, mut memory) = (Pair::new(plan), Memory::new());
+        let (mut pair, mut memory) = (Pair::new(plan, threads), Memory::new());
         prop_assert_eq!(pair.full(CodecSet::NONE, &memory), Ok(()));
         for (number, (writes, fate, codecs)) in epochs.iter().enumerate() {
             let pages: Vec<_> = writes.iter().map(|write| write.apply(&mut memory)).collect();

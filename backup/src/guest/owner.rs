@@ -39,7 +39,8 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// Starts the task that owns a guest.
 pub(super) fn start(engine: Engine, tools: Tools) -> Guest {
-    let hands = Hands::new(&engine.record().name, Arc::clone(&tools.memory), tools.dump.clone());
+    let hands =
+        Hands::new(&engine.record().name, Arc::clone(&tools.memory), tools.dump.clone(), tools.pool.clone());
     let (requests, request_rx) = mpsc::channel(REQUESTS);
     let (call_tx, calls) = mpsc::channel(1);
     let (control, control_rx) = mpsc::channel(CONTROL_WRITES);

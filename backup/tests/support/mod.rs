@@ -30,6 +30,7 @@ use understudy_proto::frame::FrameBuilder;
 use understudy_proto::ids::{EpochId, Generation, GuestId};
 use understudy_proto::layout::{MemoryLayout, RamBlock};
 use understudy_proto::negotiate::Offer;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::admin::{FailoverRequest, GuestStatus, Progress, StatusRequest};
 use understudy_proto::rpc::epoch::{
     BackupMessage, Begin, DevicePiece, EpochRef, Hello, HelloAck, Pages, PrimaryMessage, Seed,
@@ -206,12 +207,27 @@ impl Backup {
         promoter: Arc<FakePromoter>,
         staging_max_bytes: u64,
     ) -> Self {
+        Self::start_by(dir, promoter, staging_max_bytes, 2).await
+    }
+
+    /// With so many threads that decode.
+    pub async fn with_threads(threads: usize) -> Self {
+        Self::start_by(Arc::new(tempfile::tempdir().unwrap()), Arc::default(), 64 << 20, threads).await
+    }
+
+    async fn start_by(
+        dir: Arc<tempfile::TempDir>,
+        promoter: Arc<FakePromoter>,
+        staging_max_bytes: u64,
+        decode_threads: usize,
+    ) -> Self {
         *promoter.state_dir.lock().unwrap() = Some(dir.path().to_owned());
         let tools = Tools {
             promoter: Arc::clone(&promoter) as Arc<dyn Promoter>,
             store: Arc::new(ControlFolder::open(dir.path()).unwrap()),
             memory: Arc::new(AnonymousMemory),
             dump: understudy_backup::dump::Dump::default(),
+            pool: Pool::new("decode", decode_threads).unwrap(),
             versions: Default::default(),
         };
         let sockets = Sockets::bind("127.0.0.1:0".parse().unwrap(), dir.path()).unwrap();

@@ -20,6 +20,7 @@ use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::ownership::Term;
 use understudy_proto::pace::EpochGoals;
 use understudy_proto::policy::GuestPolicy;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::admin::GuestStatus;
 use understudy_proto::rpc::{Failure, FailureKind};
 
@@ -51,6 +52,8 @@ type SnapshotReceiver = tokio::sync::watch::Receiver<Snapshot>;
 pub struct Agent {
     /// As started.
     pub config: Config,
+    /// Threads that help to encode the pages of any guest.
+    pub(crate) pool: Pool,
     state_file: StateFile,
     connection: Mutex<Option<Connection>>,
     guests: Mutex<BTreeMap<GuestId, Entry>>,
@@ -115,7 +118,12 @@ impl Entry {
 impl Agent {
     /// An agent without guests.
     pub fn new(config: Config) -> Arc<Self> {
+        let pool = Pool::new("encode", config.encode_threads()).unwrap_or_else(|error| {
+            warn!(error, "every guest encodes alone");
+            Pool::single()
+        });
         Arc::new(Self {
+            pool,
             state_file: StateFile::new(&config.state_dir),
             config,
             connection: Mutex::new(None),

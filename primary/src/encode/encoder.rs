@@ -4,6 +4,7 @@ use std::sync::{Arc, PoisonError};
 
 use understudy_proto::codec::CodecSet;
 use understudy_proto::negotiate::Agreement;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::admin::EncodingReport;
 
 use super::governor::{Governor, Plan};
@@ -11,12 +12,14 @@ use super::thread::EncodeThread;
 use super::{Compress, LinkMeter, SharedCounters};
 
 /// How the pages of a guest are encoded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Encoding {
     /// Whether at all.
     pub compress: Compress,
     /// Bytes the page cache may take.
     pub cache_bytes: usize,
+    /// Threads that the guest's own may have to help it.
+    pub pool: Pool,
 }
 
 /// The encoding of one guest.
@@ -28,6 +31,7 @@ pub struct Encoder {
     /// What the backup of the last stream can decode.
     codecs: CodecSet,
     counters: SharedCounters,
+    threads: usize,
 }
 
 impl Encoder {
@@ -42,11 +46,13 @@ impl Encoder {
             Compress::Auto => Some(Governor::new()),
             Compress::Always => Some(Governor::fixed(Plan::DeltaBatch)),
         };
+        let threads = encoding.pool.threads();
         let thread = governor.map(|governor| {
-            EncodeThread::spawn(name, governor, encoding.cache_bytes, link, SharedCounters::clone(&counters))
+            let counters = SharedCounters::clone(&counters);
+            EncodeThread::spawn(name, governor, encoding.cache_bytes, link, counters, encoding.pool)
         });
         let thread = thread.transpose().map_err(|error| format!("cannot start a thread: {error}"))?;
-        Ok(Self { compress: encoding.compress, thread, codecs: CodecSet::NONE, counters })
+        Ok(Self { compress: encoding.compress, thread, codecs: CodecSet::NONE, counters, threads })
     }
 
     /// A stream was accepted: from the next epoch on only what it has agreed on is used. Whatever was encoded for another
@@ -62,8 +68,9 @@ impl Encoder {
 
     /// For the status.
     pub fn report(&self) -> EncodingReport {
-        let report =
-            self.counters.lock().unwrap_or_else(PoisonError::into_inner).clone().report(self.compress);
+        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let threads = u32::try_from(self.threads).unwrap_or(u32::MAX);
+        let report = EncodingReport { threads, ..counters.report(self.compress) };
         let why = match &self.thread {
             None => "--compress off",
             Some(_) if self.codecs == CodecSet::NONE => "the backup has none of the codecs of this agent",
@@ -83,7 +90,7 @@ mod tests {
     fn with(theirs: &[&str]) -> CodecSet {
         let theirs: Vec<_> = theirs.iter().map(|name| (*name).to_owned()).collect();
         let agreement = select(&Offer::ours(), &Offer::new(vec![1], theirs).unwrap()).unwrap();
-        let encoding = Encoding { compress: Compress::Auto, cache_bytes: 0 };
+        let encoding = Encoding { compress: Compress::Auto, ..Encoding::default() };
         let mut encoder = Encoder::start("test", encoding, Arc::default()).unwrap();
         encoder.agreed(&agreement);
         assert_eq!(encoder.for_epoch().is_some(), encoder.codecs != CodecSet::NONE);
@@ -102,8 +109,8 @@ mod tests {
 
     #[test]
     fn the_status_says_why_nothing_is_encoded() {
-        let off = Encoding { compress: Compress::Off, cache_bytes: 0 };
-        let encoder = Encoder::start("test", off, Arc::default()).unwrap();
+        let off = Encoding { compress: Compress::Off, ..Encoding::default() };
+        let encoder = Encoder::start("test", off.clone(), Arc::default()).unwrap();
         assert!(encoder.for_epoch().is_none());
         let report = encoder.report();
         assert_eq!((&*report.mode, &*report.plan, &*report.reason), ("off", "raw", "--compress off"));

@@ -6,6 +6,11 @@
 //! overlap as far as a CPU is free for it; where none is, encoding takes from the guest and counts in full. Averages of
 //! plans that are not in use drift back to what is usual, so that a plan that failed is tried again some day.
 //!
+//! Where several threads may encode a guest's pages, a page still costs what all of them spent on it, and that is what counts
+//! where no CPU is free. How long pages keep an epoch is that by the number of threads that worked at a time, which is measured
+//! too: what is done in order, or waits for threads that others use, is in it. Before anything was encoded it is taken for the
+//! CPUs that have nothing to do.
+//!
 //! It holds to raw within [`MAX_LOSS`] at once, and otherwise changes only for [`MIN_GAIN`] and not within a number of
 //! epochs that doubles with every change and halves with quiet ones. From raw, a plan is first tried with a part of the
 //! pages of a few epochs: what is usual may be far from what this guest, host and link are like.
@@ -106,7 +111,7 @@ pub struct Work {
     pub pages: u64,
     /// Bytes of their records.
     pub bytes: u64,
-    /// Time spent on them.
+    /// Time spent on them, by all threads together.
     pub time: Duration,
 }
 
@@ -121,6 +126,8 @@ pub struct Seen {
     pub fresh: Work,
     /// Beside a trial of the plan: pages that went as they were.
     pub rest: Work,
+    /// How many threads worked on pages at a time.
+    pub threads: f64,
     /// Bytes sent and how long the link took for them, until the answer; `None` if that is not known.
     pub transfer: Option<(u64, Duration)>,
     /// CPUs of the host that had nothing to do.
@@ -178,6 +185,9 @@ pub struct Governor {
     known_share: f64,
     link: Link,
     spare_cpus: f64,
+    /// Threads that may work on pages at a time, and how many do.
+    max_threads: f64,
+    threads: f64,
     warm_up: u32,
     hold: u32,
     since_change: u32,
@@ -205,6 +215,8 @@ impl Governor {
             known_share: USUAL_KNOWN,
             link: Link::default(),
             spare_cpus: 1.0,
+            max_threads: 1.0,
+            threads: 1.0,
             warm_up: 0,
             hold: MIN_HOLD,
             since_change: MIN_HOLD,
@@ -216,6 +228,12 @@ impl Governor {
     /// One that never changes: for measurements.
     pub fn fixed(plan: Plan) -> Self {
         Self { plan, is_fixed: true, ..Self::new() }
+    }
+
+    /// Where so many threads may encode the guest's pages.
+    #[must_use]
+    pub fn with_threads(self, threads: usize) -> Self {
+        Self { max_threads: threads.max(1) as f64, ..self }
     }
 
     /// One that tries a plan for ever.
@@ -340,7 +358,8 @@ impl Governor {
         let send = self.link.seconds_per_byte * bytes;
         // The first frame cannot be sent before it is encoded; behind it both go on at once.
         let frames = (bytes / FRAME_TARGET_BYTES as f64).max(1.0);
-        let together = encode.max(send) + encode.min(send) / frames;
+        let passed = if plan == Plan::Raw { encode } else { encode / self.threads };
+        let together = passed.max(send) + passed.min(send) / frames;
         let free = self.spare_cpus.clamp(0.0, 1.0);
         free * together + (1.0 - free) * (encode + send) + self.link.delay_seconds
     }
@@ -358,6 +377,10 @@ impl Governor {
             self.warm_up = WARM_UP;
         }
         average(&mut self.spare_cpus, seen.spare_cpus);
+        // Raw says nothing of it.
+        let threads = if seen.plan == Plan::Raw { self.spare_cpus } else { seen.threads };
+        let least = if seen.plan == Plan::Raw { 1.0 } else { 1.0 / MAX_JUMP };
+        average(&mut self.threads, threads.clamp(least, self.max_threads));
         if let Some((bytes, time)) = seen.transfer {
             self.link.learn(bytes as f64, time.as_secs_f64());
         }

@@ -2,11 +2,12 @@
 //! capture, which QEMU may be waiting for, never waits for an encoder.
 //!
 //! [`governor`] says how an epoch is encoded, [`cache`] has what differences are taken from, [`Recoder`] does it,
-//! [`thread`] is the thread. An epoch that is sent raw passes as it is: its frames are not even looked at.
+//! [`thread`] is the thread, [`group`] what other threads do for it. An epoch that is sent raw passes as it is: its frames are not even looked at.
 
 pub mod cache;
 mod encoder;
 pub mod governor;
+mod group;
 pub mod thread;
 
 pub use encoder::{Encoder, Encoding};
@@ -21,11 +22,13 @@ use understudy_proto::epoch::EpochKind;
 use understudy_proto::frame::{Codec, FrameBuilder, FrameReader, FrameTotals, RECORD_HEADER_BYTES, Record};
 use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::layout::MemoryLayout;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::admin::EncodingReport;
 use understudy_proto::units::{PAGE_BYTES, PageData};
 
 use cache::{CacheCounters, Known, PageCache};
 use governor::{Governor, Plan, Seen, Work};
+use group::{Crew, Spent};
 
 /// How often the status hears why a plan stays.
 const OUTLOOK_EPOCHS: u64 = 64;
@@ -128,6 +131,7 @@ pub struct Recoder {
     epoch: OpenEpoch,
     link: Arc<LinkMeter>,
     counters: SharedCounters,
+    crew: Crew,
 }
 
 /// The epoch at hand.
@@ -141,6 +145,7 @@ struct OpenEpoch {
     trial: Option<u64>,
     /// Beside those: pages that went as they were.
     rest: Work,
+    spent: Spent,
     raw_bytes: u64,
     pages: [u64; Codec::ALL.len()],
 }
@@ -148,7 +153,8 @@ struct OpenEpoch {
 impl OpenEpoch {
     fn new(plan: Plan, kind: EpochKind) -> Self {
         let [known, fresh, rest] = [Work::default(); 3];
-        Self { plan, kind, known, fresh, trial: None, rest, raw_bytes: 0, pages: Default::default() }
+        let (spent, pages) = Default::default();
+        Self { plan, kind, known, fresh, trial: None, rest, spent, raw_bytes: 0, pages }
     }
 }
 
@@ -172,7 +178,14 @@ impl Recoder {
             epoch: OpenEpoch::new(Plan::Raw, EpochKind::Full),
             link,
             counters,
+            crew: Crew::new(Pool::single()),
         }
+    }
+
+    /// With other threads to help with [`Recoder::frames`].
+    #[must_use]
+    pub fn with_pool(self, pool: Pool) -> Self {
+        Self { governor: self.governor.with_threads(pool.threads()), crew: Crew::new(pool), ..self }
     }
 
     /// The layout of the guest from now on.
@@ -323,7 +336,9 @@ impl Recoder {
             EpochKind::Delta => (epoch.known, epoch.fresh, epoch.rest),
             EpochKind::Full => Default::default(),
         };
-        self.seen = Some(Seen { plan: epoch.plan, known, fresh, rest, transfer: None, spare_cpus: 0.0 });
+        let threads = epoch.spent.threads(epoch.known.time + epoch.fresh.time);
+        self.seen =
+            Some(Seen { plan: epoch.plan, known, fresh, rest, threads, transfer: None, spare_cpus: 0.0 });
         let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
         if counters.plan.is_empty() {
             counters.plan = self.governor.plan().name();

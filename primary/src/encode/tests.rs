@@ -62,11 +62,15 @@ struct Guest {
 
 impl Guest {
     fn new(governor: Governor) -> Self {
+        Self::with_cache(governor, 300)
+    }
+
+    fn with_cache(governor: Governor, cache_pages: usize) -> Self {
         let counters = SharedCounters::default();
         // Fewer pages than the guest has: some are pushed out.
         let mut recoder = Recoder::new(
             governor,
-            300 * (PAGE_BYTES + 100),
+            cache_pages * (PAGE_BYTES + 100),
             Arc::default(),
             SharedCounters::clone(&counters),
         );
@@ -86,6 +90,31 @@ impl Guest {
         let (last, totals) = raw.finish();
         if let Some(frame) = last {
             self.recoder.frame(frame, &mut frames).unwrap();
+        }
+        let (last, totals) = self.recoder.finish(totals);
+        frames.extend(last);
+        (frames, totals)
+    }
+
+    /// [`Guest::epoch`], so many frames at a time.
+    fn grouped(
+        &mut self,
+        kind: EpochKind,
+        codecs: CodecSet,
+        pages: &Pages,
+        group: usize,
+    ) -> (Vec<Bytes>, FrameTotals) {
+        self.number += 1;
+        self.recoder.begin(Generation(1), EpochId(self.number), kind, codecs, 1.0);
+        let (mut raw, mut frames) = (FrameBuilder::new(), vec![]);
+        let push = |(page, content): &(u64, Box<PageData>)| {
+            raw.push(BlockIndex(0), PageIndex::new(*page), Some(content))
+        };
+        let mut captured: Vec<_> = pages.iter().filter_map(push).collect();
+        let (last, totals) = raw.finish();
+        captured.extend(last);
+        for group in captured.chunks(group) {
+            self.recoder.frames(group, &mut frames).unwrap();
         }
         let (last, totals) = self.recoder.finish(totals);
         frames.extend(last);
@@ -184,4 +213,68 @@ fn raw_epochs_pass_untouched() {
     assert_eq!(totals.frame_bytes, 200 * (RECORD_HEADER_BYTES + PAGE_BYTES) as u64);
     assert_eq!(frames.len() as u64, totals.frames);
     assert_eq!(guest.counters.lock().unwrap().cache_bytes, 0);
+}
+
+/// Pages of every kind: rewritten, unchanged, zeros, with a pattern, without one; a page may come again, in its frame or later.
+fn group_pages() -> impl Strategy<Value = Pages> {
+    let number = prop_oneof![4 => 0..PAGES, 1 => 0..20u64];
+    let write = (number, 0u8..3, 0usize..200, 0u8..10).prop_map(|(number, fill, edit, kind)| {
+        let (number, mut content) = page(number, fill, edit);
+        let mut state = number * 1000 + u64::from(fill) + 1;
+        if kind == 0 {
+            content.fill(0);
+        } else if kind < 4 {
+            content.chunks_exact_mut(8).for_each(|word| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                word.copy_from_slice(&state.to_le_bytes());
+            });
+        }
+        (number, content)
+    });
+    prop::collection::vec(write, 0..600)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever the plan, also while it is tried, the cache, and how frames come in groups: several threads send byte for
+    /// byte what one sends, and count the same.
+    #[test]
+    fn several_threads_send_what_one_sends(
+        epochs in prop::collection::vec((group_pages(), 1usize..12), 1..6),
+        plan in prop::sample::select(Plan::ALL.to_vec()),
+        trial: bool,
+        cache_pages in prop::sample::select(vec![0usize, 260, 300, 600]),
+    ) {
+        let governor = if trial { Governor::trying(plan) } else { Governor::fixed(plan) };
+        let mut one = Guest::with_cache(governor.clone(), cache_pages);
+        let mut four = Guest::with_cache(governor, cache_pages);
+        four.recoder.crew = Crew::new(Pool::new("test", 4).unwrap()).eager();
+        for (number, (pages, group)) in epochs.iter().enumerate() {
+            let kind = if number == 0 { EpochKind::Full } else { EpochKind::Delta };
+            let (expected, totals) = one.epoch(kind, ALL, pages);
+            let (frames, got) = four.grouped(kind, ALL, pages, *group);
+            prop_assert_eq!(got, totals);
+            prop_assert!(frames == expected, "epoch {number} is another one");
+            let counters = |guest: &Guest| guest.counters.lock().unwrap().clone();
+            prop_assert_eq!(counters(&four), counters(&one));
+            let seen = [&one, &four].map(|guest| guest.recoder.seen.unwrap());
+            let sizes = seen.map(|seen| [seen.known, seen.fresh, seen.rest].map(|work| (work.pages, work.bytes)));
+            prop_assert_eq!(sizes[0], sizes[1]);
+            prop_assert!(seen[0].threads == 1.0 && seen[1].threads.is_finite());
+        }
+    }
+}
+
+#[test]
+fn what_waits_is_encoded_by_several_threads() {
+    let mut guest = Guest::new(Governor::fixed(Plan::Lz4));
+    guest.recoder = guest.recoder.with_pool(Pool::new("test", 2).unwrap());
+    let pages = (0..PAGES).map(|at| page(at, 7, 3)).collect();
+    guest.grouped(EpochKind::Delta, ALL, &pages, 8);
+    let seen = guest.recoder.seen.unwrap();
+    assert!(seen.fresh.pages == PAGES && seen.fresh.time > Duration::ZERO && seen.threads != 1.0, "{seen:?}");
+    // An encoder that keeps up is left alone.
+    guest.grouped(EpochKind::Delta, ALL, &pages, 1);
+    assert_eq!(guest.recoder.seen.unwrap().threads, 1.0);
 }

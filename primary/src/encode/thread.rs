@@ -10,6 +10,7 @@ use tracing::error;
 use understudy_proto::codec::CodecSet;
 use understudy_proto::epoch::EpochKind;
 use understudy_proto::ids::{EpochId, Generation};
+use understudy_proto::pool::Pool;
 
 use super::governor::Governor;
 use super::{LinkMeter, Recoder, SharedCounters};
@@ -52,11 +53,12 @@ impl EncodeThread {
         cache_bytes: usize,
         link: Arc<LinkMeter>,
         counters: SharedCounters,
+        pool: Pool,
     ) -> std::io::Result<Self> {
         let (jobs, inbox) = sync_channel(JOBS);
         // 15 bytes is all a thread's name may have.
         let name: String = format!("enc-{name}").chars().take(15).collect();
-        let recoder = Recoder::new(governor, cache_bytes, link, counters);
+        let recoder = Recoder::new(governor, cache_bytes, link, counters).with_pool(pool);
         std::thread::Builder::new().name(name).spawn(move || run(recoder, &inbox))?;
         Ok(Self { jobs })
     }
@@ -100,15 +102,25 @@ fn run(mut recoder: Recoder, jobs: &Receiver<Job>) {
 /// An error is a fault of ours. An epoch that nobody takes any more is none.
 fn encode(recoder: &mut Recoder, job: &mut Job, spare_cpus: f64) -> Result<(), String> {
     recoder.begin(job.generation, job.epoch, job.kind, job.codecs, spare_cpus);
-    let mut ready = Vec::new();
-    while let Some(part) = job.from.blocking_recv() {
+    let (mut ready, mut frames, mut behind) = (Vec::new(), Vec::new(), None);
+    while let Some(part) = behind.take().or_else(|| job.from.blocking_recv()) {
         let last = match part {
             Part::Seed(seed) => {
                 recoder.layout(&seed.layout);
                 Some(Part::Seed(seed))
             }
             Part::Frame(frame) => {
-                recoder.frame(frame, &mut ready).map_err(|fault| format!("a captured frame: {fault}"))?;
+                frames.push(frame);
+                while behind.is_none() && frames.len() < recoder.group_frames() {
+                    match job.from.try_recv() {
+                        Ok(Part::Frame(frame)) => frames.push(frame),
+                        Ok(part) => behind = Some(part),
+                        Err(_) => break,
+                    }
+                }
+                let encoded = recoder.frames(&frames, &mut ready);
+                frames.clear();
+                encoded.map_err(|fault| format!("a captured frame: {fault}"))?;
                 None
             }
             Part::End { device, totals } => {
@@ -170,7 +182,8 @@ mod tests {
 
     fn start() -> EncodeThread {
         let governor = Governor::fixed(Plan::DeltaBatch);
-        EncodeThread::spawn("test", governor, 1 << 20, Arc::default(), SharedCounters::default()).unwrap()
+        let counters = SharedCounters::default();
+        EncodeThread::spawn("test", governor, 1 << 20, Arc::default(), counters, Pool::single()).unwrap()
     }
 
     /// Sends an epoch of one page through the thread; gives what comes out.

@@ -60,7 +60,7 @@ pub(crate) async fn start_with(guest: &FakeGuest, backup: &StubBackup, output: O
         barrier: guest.barrier(),
         output,
         // The fake backup has no image to take differences from.
-        encoding: Encoding { compress: Compress::Off, cache_bytes: 0 },
+        encoding: Encoding { compress: Compress::Off, ..Encoding::default() },
     };
     agent::start(plan).await.expect("starts")
 }

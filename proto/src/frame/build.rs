@@ -26,6 +26,38 @@ struct Batch {
     lz4: Lz4,
 }
 
+/// Batches of an epoch that are full and not compressed yet, so that several threads may compress them. Keeps its buffers.
+#[derive(Debug, Default)]
+pub struct Batches {
+    full: Vec<FullBatch>,
+    spare: Vec<FullBatch>,
+}
+
+/// A batch that is full.
+#[derive(Debug, Default)]
+pub struct FullBatch {
+    records: Vec<u8>,
+    lz4: Vec<u8>,
+    pays: bool,
+}
+
+impl Batches {
+    /// To be compressed.
+    pub fn full_mut(&mut self) -> &mut [FullBatch] {
+        &mut self.full
+    }
+}
+
+impl FullBatch {
+    /// Compresses it, if that makes it shorter.
+    pub fn compress(&mut self, lz4: &mut Lz4) {
+        let Self { records, lz4: out, pays } = self;
+        out.clear();
+        out.extend_from_slice(compressed(lz4, records).unwrap_or_default());
+        *pays = !out.is_empty();
+    }
+}
+
 /// What the frames of an epoch hold together; goes into its manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FrameTotals {
@@ -94,7 +126,7 @@ impl FrameBuilder {
         match &mut self.batch {
             Some(batch) => {
                 put_record(&mut batch.records, page.get(), block.0, codec, payload);
-                if batch.records.len() + RECORD_HEADER_BYTES + PAGE_BYTES > limits::MAX_BATCH_BYTES {
+                if is_full(&batch.records) {
                     self.close_batch();
                 }
             }
@@ -104,6 +136,48 @@ impl FrameBuilder {
             }
         }
         (self.open.len() >= limits::FRAME_TARGET_BYTES).then(|| self.close())
+    }
+
+    /// [`FrameBuilder::push_encoded`], but batches that are full go into `batches` and not into the frame. Whatever is
+    /// pushed next but this, or ends the epoch, comes behind [`FrameBuilder::push_batches`].
+    #[must_use = "the frame must be sent"]
+    pub fn push_uncompressed(
+        &mut self,
+        block: BlockIndex,
+        page: PageIndex,
+        content: Option<&PageData>,
+        encoded: Encoded<'_>,
+        batches: &mut Batches,
+    ) -> Option<Bytes> {
+        let Some(batch) = &mut self.batch else {
+            return self.push_encoded(block, page, content, encoded);
+        };
+        let Encoded { codec, payload } = encoded;
+        if let Some(digest) = &mut self.digest {
+            digest.update(block, page, content.filter(|_| codec != Codec::Zero));
+        }
+        self.pages += 1;
+        put_record(&mut batch.records, page.get(), block.0, codec, payload);
+        if is_full(&batch.records) {
+            let mut full = batches.spare.pop().unwrap_or_default();
+            full.records.clear();
+            full.records.reserve(limits::MAX_BATCH_BYTES);
+            std::mem::swap(&mut full.records, &mut batch.records);
+            batches.full.push(full);
+        }
+        None
+    }
+
+    /// Adds batches that were compressed, in order; gives the frames that are full.
+    pub fn push_batches(&mut self, batches: &mut Batches, out: &mut Vec<Bytes>) {
+        let Batches { full, spare } = batches;
+        for batch in full.drain(..) {
+            put_batch(&mut self.open, &batch.records, batch.pays.then_some(&batch.lz4));
+            spare.push(batch);
+            if self.open.len() >= limits::FRAME_TARGET_BYTES {
+                out.push(self.close());
+            }
+        }
     }
 
     /// Ends the epoch: the last frame, if one is open, and the totals.
@@ -148,18 +222,7 @@ impl FrameBuilder {
     /// Compresses the open batch into the open frame; as plain records if that is not shorter.
     fn close_batch(&mut self) {
         let Some(batch) = self.batch.as_mut().filter(|batch| !batch.records.is_empty()) else { return };
-        let records_bytes = batch.records.len();
-        match batch.lz4.compress(&batch.records).filter(|lz4| lz4.len() + RECORD_HEADER_BYTES < records_bytes)
-        {
-            Some(payload) => {
-                make_room(&mut self.open, payload.len());
-                put_record(&mut self.open, records_bytes as u64, 0, Codec::Batch, payload);
-            }
-            None => {
-                make_room(&mut self.open, records_bytes);
-                self.open.put_slice(&batch.records);
-            }
-        }
+        put_batch(&mut self.open, &batch.records, compressed(&mut batch.lz4, &batch.records));
         batch.records.clear();
     }
 
@@ -167,6 +230,30 @@ impl FrameBuilder {
         self.frames += 1;
         self.frame_bytes += self.open.len() as u64;
         self.open.split().freeze()
+    }
+}
+
+/// Whether another page might be too much for a batch.
+fn is_full(records: &[u8]) -> bool {
+    records.len() + RECORD_HEADER_BYTES + PAGE_BYTES > limits::MAX_BATCH_BYTES
+}
+
+/// What a batch becomes, if that is shorter.
+fn compressed<'a>(lz4: &'a mut Lz4, records: &[u8]) -> Option<&'a [u8]> {
+    lz4.compress(records).filter(|lz4| lz4.len() + RECORD_HEADER_BYTES < records.len())
+}
+
+/// Adds a batch; as plain records without `lz4`.
+fn put_batch(open: &mut BytesMut, records: &[u8], lz4: Option<impl AsRef<[u8]>>) {
+    match lz4 {
+        Some(payload) => {
+            make_room(open, payload.as_ref().len());
+            put_record(open, records.len() as u64, 0, Codec::Batch, payload.as_ref());
+        }
+        None => {
+            make_room(open, records.len());
+            open.put_slice(records);
+        }
     }
 }
 

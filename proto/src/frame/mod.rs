@@ -25,8 +25,8 @@
 mod build;
 mod read;
 
-pub use build::{FrameBuilder, FrameTotals};
-pub use read::{FrameReader, Record};
+pub use build::{Batches, FrameBuilder, FrameTotals, FullBatch};
+pub use read::{FrameReader, Packed, Record, Unit, records, units};
 
 use crate::units::{BlockIndex, PageData, PageIndex};
 

@@ -69,22 +69,96 @@ impl FrameReader {
     }
 
     fn unpack(&mut self, head: &Header, payload: &[u8]) -> Result<&[u8], ProtocolError> {
-        let bytes = ProtocolError::check_len("batch bytes", head.page, limits::MAX_BATCH_BYTES as u64)?;
-        if head.block != 0 {
-            return Err(ProtocolError::invalid(
-                "block index",
-                format!("{} of a batch, which has 0", head.block),
-            ));
-        }
+        let bytes = head.batch_bytes()?;
         if self.batch.is_empty() {
             self.batch = vec![0; limits::MAX_BATCH_BYTES].into();
         }
-        let records = usize::try_from(bytes).ok().and_then(|bytes| self.batch.get_mut(..bytes));
+        let records = self.batch.get_mut(..bytes);
         let records = records.ok_or_else(|| ProtocolError::invalid("batch bytes", bytes.to_string()))?;
-        codec::unpack_lz4(payload, records)
-            .map_err(|reason| ProtocolError::invalid("batch", format!("{reason}")))?;
+        unpack(payload, records)?;
         Ok(records)
     }
+}
+
+fn unpack(payload: &[u8], records: &mut [u8]) -> Result<(), ProtocolError> {
+    codec::unpack_lz4(payload, records).map_err(|reason| ProtocolError::invalid("batch", format!("{reason}")))
+}
+
+/// A part of a frame.
+#[derive(Debug, Clone, Copy)]
+pub enum Unit<'a> {
+    /// A page.
+    Page(Record<'a>),
+    /// Several, packed.
+    Batch(Packed<'a>),
+}
+
+/// A batch as it is in a frame.
+#[derive(Debug, Clone, Copy)]
+pub struct Packed<'a> {
+    records_bytes: usize,
+    payload: &'a [u8],
+}
+
+impl Packed<'_> {
+    /// Bytes of its records.
+    pub fn records_bytes(&self) -> usize {
+        self.records_bytes
+    }
+
+    /// Unpacks it; what [`records`] then reads is all there is in `into`.
+    ///
+    /// # Errors
+    /// If it is not what was announced.
+    pub fn unpack(&self, into: &mut Vec<u8>) -> Result<(), ProtocolError> {
+        // What is longer was refused.
+        into.resize(self.records_bytes, 0);
+        unpack(self.payload, into)
+    }
+}
+
+/// The parts of a frame in order, for who does not unpack batches one after the other: with [`records`] the same as
+/// [`FrameReader::read`]. Ends with the first error.
+pub fn units<'a>(
+    frame: &'a [u8],
+    layout: &'a MemoryLayout,
+) -> impl Iterator<Item = Result<Unit<'a>, ProtocolError>> {
+    let too_long =
+        ProtocolError::check_len("frame bytes", frame.len() as u64, limits::MAX_FRAME_BYTES as u64).err();
+    let rest = if too_long.is_some() { &[] } else { frame };
+    too_long.map(Err).into_iter().chain(until_error(rest, move |head, payload| {
+        if head.codec != Codec::Batch {
+            return head.record(payload, layout).map(Unit::Page);
+        }
+        Ok(Unit::Batch(Packed { records_bytes: head.batch_bytes()?, payload }))
+    }))
+}
+
+/// The pages of an unpacked batch in order. Ends with the first error.
+pub fn records<'a>(
+    batch: &'a [u8],
+    layout: &'a MemoryLayout,
+) -> impl Iterator<Item = Result<Record<'a>, ProtocolError>> {
+    until_error(batch, move |head, payload| match head.codec {
+        Codec::Batch => Err(ProtocolError::invalid("page codec", "5 within a batch")),
+        _ => head.record(payload, layout),
+    })
+}
+
+fn until_error<'a, T>(
+    mut rest: &'a [u8],
+    each: impl Fn(Header, &'a [u8]) -> Result<T, ProtocolError>,
+) -> impl Iterator<Item = Result<T, ProtocolError>> {
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let item = Header::read(&mut rest).and_then(|(head, payload)| each(head, payload));
+        if item.is_err() {
+            rest = &[];
+        }
+        Some(item)
+    })
 }
 
 struct Header {
@@ -134,6 +208,16 @@ impl Header {
         *rest = behind;
         let page = u64::from_le_bytes([i0, i1, i2, i3, i4, i5, i6, i7]);
         Ok((Self { page, block: u16::from_le_bytes([b0, b1]), codec }, payload))
+    }
+
+    /// Bytes of a batch's records.
+    fn batch_bytes(&self) -> Result<usize, ProtocolError> {
+        let bytes = ProtocolError::check_len("batch bytes", self.page, limits::MAX_BATCH_BYTES as u64)?;
+        if self.block != 0 {
+            let reason = format!("{} of a batch, which has 0", self.block);
+            return Err(ProtocolError::invalid("block index", reason));
+        }
+        usize::try_from(bytes).map_err(|_| ProtocolError::invalid("batch bytes", bytes.to_string()))
     }
 
     fn record<'a>(&self, payload: &'a [u8], layout: &MemoryLayout) -> Result<Record<'a>, ProtocolError> {

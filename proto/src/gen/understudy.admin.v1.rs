@@ -292,6 +292,9 @@ pub struct EncodingReport {
     /// Pages by codec, of epochs that were encoded; for people.
     #[prost(string, tag = "9")]
     pub pages: ::prost::alloc::string::String,
+    /// Threads that may encode the guest's pages; 0 from agents that do not say.
+    #[prost(uint32, tag = "10")]
+    pub threads: u32,
 }
 /// Times are microseconds.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

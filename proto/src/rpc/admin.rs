@@ -315,6 +315,8 @@ pub struct EncodingReport {
     pub cache_hit_rate: Option<f64>,
     /// Pages by codec, of epochs that were encoded; for people.
     pub pages: String,
+    /// Threads that may encode the guest's pages; 0 from agents that do not say.
+    pub threads: u32,
 }
 
 impl EncodingReport {

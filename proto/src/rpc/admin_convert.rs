@@ -422,6 +422,7 @@ impl TryFrom<wire::EncodingReport> for domain::EncodingReport {
             cache_hits: m.cache_hits,
             cache_misses: m.cache_misses,
             pages: text("pages by codec", m.pages)?,
+            threads: m.threads,
             ..Self::default()
         };
         Ok(report.with_rates())
@@ -440,6 +441,7 @@ impl From<domain::EncodingReport> for wire::EncodingReport {
             cache_hits: m.cache_hits,
             cache_misses: m.cache_misses,
             pages: shortened(m.pages),
+            threads: m.threads,
         }
     }
 }

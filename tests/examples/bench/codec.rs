@@ -58,9 +58,11 @@ fn subjects() -> Vec<Subject> {
     ]
 }
 
-pub(crate) fn run(rounds: usize) -> Report {
-    let mut report = Report::new("codec", format!("cargo xtask bench codec -- --rounds {rounds}"));
-    for trace in Trace::ALL {
+pub(crate) fn run(rounds: usize, threads_only: bool) -> anyhow::Result<Report> {
+    let only = if threads_only { " --threads-only" } else { "" };
+    let mut report = Report::new("codec", format!("cargo xtask bench codec -- --rounds {rounds}{only}"));
+    crate::threads::run(&mut report, rounds)?;
+    for trace in Trace::ALL.into_iter().filter(|_| !threads_only) {
         let pairs = pairs(trace);
         let bytes = (pairs.len() * PAGE_BYTES) as f64;
         let mut subjects = subjects();
@@ -92,7 +94,7 @@ pub(crate) fn run(rounds: usize) -> Report {
             report.at_least("XBZRLE against memcpy, database", 0.25, xbzrle / copy);
         }
     }
-    report
+    Ok(report)
 }
 
 fn pairs(trace: Trace) -> Vec<Pair> {

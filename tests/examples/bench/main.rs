@@ -16,6 +16,7 @@ mod report;
 mod response;
 mod slowdown;
 mod stock;
+mod threads;
 mod trace;
 mod wire;
 
@@ -75,11 +76,14 @@ enum Bench {
         #[arg(long, default_value_t = 256)]
         mib: usize,
     },
-    /// What encoding a page costs: XBZRLE against a byte-wise encoder and memcpy; LZ4
+    /// What encoding a page costs: XBZRLE against a byte-wise encoder and memcpy; LZ4; what a second thread brings
     Codec {
         /// Rounds over all pages
         #[arg(long, default_value_t = 15)]
         rounds: usize,
+        /// Only the second thread
+        #[arg(long)]
+        threads_only: bool,
     },
     /// Bytes of recorded and generated epochs on the wire, by plan
     Wire {
@@ -135,7 +139,7 @@ fn main() -> anyhow::Result<()> {
         }
         Bench::Slowdown { seconds, pages, mib } => slowdown::run(seconds, pages, mib)?,
         Bench::Autopilot { seconds, pages, mib } => autopilot::run(seconds, &pages, mib)?,
-        Bench::Codec { rounds } => codec::run(rounds),
+        Bench::Codec { rounds, threads_only } => codec::run(rounds, threads_only)?,
         Bench::Wire { epochs, traces } => wire::run(epochs, &traces)?,
         Bench::Record(order) => return record::run(&order),
         Bench::Governor { epochs } => governor::run(epochs)?,

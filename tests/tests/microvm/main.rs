@@ -30,6 +30,7 @@ use understudy_primary::encode::{Compress, Encoding};
 use understudy_primary::engine::Settings;
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::Offer;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::admin::FailoverRequest;
 use understudy_proto::rpc::epoch::Hello;
 use understudy_proto::rpc::{AdminService, epoch_routes, transport};
@@ -162,6 +163,7 @@ fn live_and_die(
         store: Arc::new(ControlFolder::open(folder.path()).unwrap()),
         memory: Arc::new(AnonymousMemory),
         dump: understudy_backup::dump::Dump::default(),
+        pool: Pool::new("decode", 2).unwrap(),
         versions: Default::default(),
     };
     let (agent, link, address, served) = backups.block_on(async {
@@ -266,6 +268,7 @@ fn protect_and_kill(
         encoding: Encoding {
             compress: if generation.0.is_multiple_of(3) { Compress::Auto } else { Compress::Always },
             cache_bytes: 4 << 20,
+            pool: Pool::new("encode", 2).unwrap(),
         },
     };
     let primary = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();

@@ -14,6 +14,9 @@ struct World {
     costs: [[Cost; 2]; 5],
     link_bytes_per_second: f64,
     spare_cpus: f64,
+    /// Threads that may work on pages, and how many do at a time.
+    max_threads: usize,
+    threads: f64,
     /// What measurements are off by, at most.
     noise: f64,
     random: u64,
@@ -44,7 +47,7 @@ impl World {
         let bytes = known.bytes + fresh.bytes + rest.bytes;
         let seconds = self.noisy(100e-6 + bytes as f64 / self.link_bytes_per_second);
         let transfer = Some((bytes, Duration::from_secs_f64(seconds)));
-        Seen { plan, known, fresh, rest, transfer, spare_cpus: self.spare_cpus }
+        Seen { plan, known, fresh, rest, threads: self.threads, transfer, spare_cpus: self.spare_cpus }
     }
 
     /// What an epoch really takes.
@@ -59,6 +62,7 @@ impl World {
                 ..Link::default()
             },
             spare_cpus: self.spare_cpus,
+            threads: self.threads,
             ..Governor::new()
         };
         truth.predicted_seconds(plan)
@@ -78,8 +82,20 @@ fn world() -> impl Strategy<Value = World> {
     let factor = || 0.3f64..3.0;
     let costs = prop::array::uniform5(prop::array::uniform2((factor(), 0.2f64..1.8)));
     let link = prop_oneof![Just(125e6), Just(1.25e9), Just(5e9), Just(1e12), 1e6f64..1e10];
-    (20u64..20_000, 0.0f64..1.0, costs, link, 0.0f64..2.0, any::<u64>()).prop_map(
-        |(pages, known_share, factors, link_bytes_per_second, spare_cpus, random)| {
+    // More threads than one: how many really work at a time may be fewer than one.
+    let threads = prop_oneof![
+        Just((1, 1.0)),
+        (2usize..5, 0.1f64..1.0).prop_map(|(most, part)| (most, most as f64 * part))
+    ];
+    (20u64..20_000, 0.0f64..1.0, costs, link, (0.0f64..2.0, threads), any::<u64>()).prop_map(
+        |(
+            pages,
+            known_share,
+            factors,
+            link_bytes_per_second,
+            (spare_cpus, (max_threads, threads)),
+            random,
+        )| {
             let mut costs = USUAL;
             for (cost, (nanos, bytes)) in costs.iter_mut().flatten().zip(factors.iter().flatten()) {
                 cost.nanos *= nanos;
@@ -87,7 +103,18 @@ fn world() -> impl Strategy<Value = World> {
             }
             // Raw is raw, whatever the guest.
             costs[Plan::Raw as usize] = USUAL[Plan::Raw as usize];
-            World { pages, known_share, costs, link_bytes_per_second, spare_cpus, noise: 0.05, random }
+            let noise = 0.05;
+            World {
+                pages,
+                known_share,
+                costs,
+                link_bytes_per_second,
+                spare_cpus,
+                max_threads,
+                threads,
+                noise,
+                random,
+            }
         },
     )
 }
@@ -99,6 +126,8 @@ fn usual() -> World {
         costs: USUAL,
         link_bytes_per_second: 125e6,
         spare_cpus: 1.0,
+        max_threads: 1,
+        threads: 1.0,
         noise: 0.05,
         random: 1,
     }
@@ -130,18 +159,18 @@ proptest! {
         seen in prop::collection::vec((
             prop::array::uniform2((0u64..5000, 0u64..5_000_000, 0u64..50_000_000)),
             prop::option::of((0u64..20_000_000, 1u64..100_000_000)),
-            0.0f64..4.0,
+            (0.0f64..4.0, prop_oneof![0.0f64..8.0, Just(f64::INFINITY)]),
         ), 1..300),
-        xbzrle: bool, lz4: bool,
+        xbzrle: bool, lz4: bool, max_threads in 1usize..5,
     ) {
-        let mut governor = Governor::new();
-        for (work, transfer, spare_cpus) in seen {
+        let mut governor = Governor::new().with_threads(max_threads);
+        for (work, transfer, (spare_cpus, threads)) in seen {
             let [known, fresh] = work.map(|(pages, bytes, nanos)| {
                 Work { pages, bytes, time: Duration::from_nanos(nanos) }
             });
             let transfer = transfer.map(|(bytes, nanos)| (bytes, Duration::from_nanos(nanos)));
             let plan = governor.trial().map_or(governor.plan(), |(plan, _)| plan);
-            let seen = Seen { plan, known, fresh, rest: known, transfer, spare_cpus };
+            let seen = Seen { plan, known, fresh, rest: known, threads, transfer, spare_cpus };
             let codecs = CodecSet { xbzrle, lz4 };
             governor.step(&seen, codecs);
             prop_assert!(governor.plan().is_allowed(codecs));
@@ -154,7 +183,7 @@ proptest! {
     #[test]
     fn an_unlimited_link_is_used_raw(mut world in world()) {
         world.link_bytes_per_second = 1e12;
-        let mut governor = Governor::new();
+        let mut governor = Governor::new().with_threads(world.max_threads);
         world.run(&mut governor, 300);
         let mut slower = 0;
         for _ in 0..1000 {
@@ -167,7 +196,7 @@ proptest! {
     /// It settles, on something nearly as good as the best.
     #[test]
     fn it_settles_near_the_best(mut world in world()) {
-        let mut governor = Governor::new();
+        let mut governor = Governor::new().with_threads(world.max_threads);
         let changes = world.run(&mut governor, 3000);
         prop_assert!(changes <= 16, "{changes} changes");
         let late = world.run(&mut governor, 1000);
@@ -214,6 +243,25 @@ fn no_spare_cpu_makes_work_dear() {
     world.spare_cpus = 0.0;
     world.run(&mut governor, 200);
     assert_eq!((with_cpu == Plan::Raw, governor.plan()), (false, Plan::Raw));
+}
+
+#[test]
+fn more_threads_pay_where_one_does_not_and_only_while_they_work() {
+    // 10 Gbit/s carries a raw page faster than one thread makes an LZ4 block of it, and slower than four do.
+    let (lz4, dear) = (Cost { nanos: 4000.0, bytes: 1000.0 }, Cost { nanos: 9000.0, bytes: 3000.0 });
+    let costs = [[USUAL[0][0]; 2], [lz4; 2], [dear; 2], [dear; 2], [dear; 2]];
+    let world = World { costs, link_bytes_per_second: 1.25e9, spare_cpus: 4.0, noise: 0.0, ..usual() };
+    let mut one = Governor::new();
+    world.clone().run(&mut one, 300);
+    assert_eq!(one.plan(), Plan::Raw);
+    let mut world = World { max_threads: 4, threads: 3.5, ..world };
+    let mut four = Governor::new().with_threads(4);
+    world.run(&mut four, 300);
+    assert_eq!(four.plan(), Plan::Lz4);
+    // Other guests take the threads, though the host has CPUs left.
+    world.threads = 1.0;
+    world.run(&mut four, 100);
+    assert_eq!(four.plan(), Plan::Raw);
 }
 
 #[test]
