@@ -20,6 +20,7 @@ use understudy_primary::encode::{Compress, Encoding};
 use understudy_primary::engine::{CaptureFailure, OutcomeKind, Settings};
 use understudy_proto::ids::{Generation, GuestId};
 use understudy_proto::negotiate::Offer;
+use understudy_proto::pool::Pool;
 use understudy_proto::rpc::admin::GuestState;
 use understudy_proto::rpc::epoch::Hello;
 use understudy_proto::rpc::epoch_routes;
@@ -55,6 +56,7 @@ impl BackupHost {
             memory: Arc::new(AnonymousMemory),
             dump: Default::default(),
             versions: Default::default(),
+            pool: Pool::single(),
         };
         let runtime = runtime()?;
         let address = runtime.block_on(async {
@@ -241,7 +243,7 @@ impl PrimaryHost {
             source: Box::new(source),
             barrier: Box::new(|_| Ok(())),
             output,
-            encoding: Encoding { compress: Compress::Auto, cache_bytes: CACHE_BYTES },
+            encoding: Encoding { compress: Compress::Auto, cache_bytes: CACHE_BYTES, pool: Pool::single() },
         };
         let handle = self.runtime()?.block_on(agent::start(plan)).map_err(|reason| anyhow!(reason))?;
         Ok(Protection { host: self, handle })
