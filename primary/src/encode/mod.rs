@@ -2,7 +2,7 @@
 //! capture, which QEMU may be waiting for, never waits for an encoder.
 //!
 //! [`governor`] says how an epoch is encoded, [`cache`] has what differences are taken from, [`Recoder`] does it,
-//! [`thread`] is the thread, [`group`] what other threads do for it. An epoch that is sent raw passes as it is: its frames are not even looked at.
+//! [`thread`] is the thread, `group` what other threads do for it. An epoch that is sent raw passes as it is: its frames are not even looked at.
 
 pub mod cache;
 mod encoder;
