@@ -363,7 +363,8 @@ impl Primary {
     pub async fn answer(&mut self) -> Option<BackupMessage> {
         loop {
             match in_time("the backup answers", self.rx.next()).await {
-                Some(Ok(BackupMessage::Standby(_))) => (),
+                // A reply to no heartbeat says that it lives while it works.
+                Some(Ok(BackupMessage::Standby(_) | BackupMessage::HeartbeatReply(0))) => (),
                 Some(Ok(message)) => return Some(message),
                 Some(Err(failure)) => panic!("{failure:?}"),
                 None => return None,
