@@ -2,6 +2,7 @@
 //! (invariant 8). The tokens here can only be built from each other in that order.
 
 use crate::digest::Digest;
+use crate::frame::FrameTotals;
 use crate::ids::{EpochId, Generation};
 use crate::{ProtocolError, limits};
 
@@ -38,6 +39,27 @@ pub struct EpochManifest {
 }
 
 impl EpochManifest {
+    /// Of an epoch whose frames hold `totals`, and whose device buffer is this.
+    pub fn new(
+        generation: Generation,
+        epoch: EpochId,
+        kind: EpochKind,
+        totals: &FrameTotals,
+        device: &[u8],
+    ) -> Self {
+        Self {
+            generation,
+            epoch,
+            kind,
+            frames: totals.frames,
+            pages: totals.pages,
+            frame_bytes: totals.frame_bytes,
+            pages_digest: totals.digest,
+            device_bytes: device.len() as u64,
+            device_digest: Digest::of(device),
+        }
+    }
+
     /// Checks what can be checked without the epoch's data.
     ///
     /// # Errors

@@ -15,7 +15,6 @@ use understudy_backup::worker::{self, Job, Report};
 use understudy_primary::encode::Recoder;
 use understudy_primary::encode::governor::{Governor, Plan};
 use understudy_proto::codec::CodecSet;
-use understudy_proto::digest::Digest;
 use understudy_proto::epoch::EpochKind::{self, Delta, Full};
 use understudy_proto::epoch::EpochManifest;
 use understudy_proto::frame::{FrameBuilder, FrameTotals};
@@ -200,17 +199,7 @@ impl Pair {
         let device = Bytes::from_static(b"device");
         self.job(Job::Device(device.clone()));
         let Begin { generation, epoch, kind } = sent.begin;
-        self.job(Job::Verify(EpochManifest {
-            generation,
-            epoch,
-            kind,
-            frames: sent.totals.frames,
-            pages: sent.totals.pages,
-            frame_bytes: sent.totals.frame_bytes,
-            pages_digest: sent.totals.digest,
-            device_bytes: device.len() as u64,
-            device_digest: Digest::of(&device),
-        }));
+        self.job(Job::Verify(EpochManifest::new(generation, epoch, kind, &sent.totals, &device)));
         match self.reports.blocking_recv() {
             Some(Report::Verified(proof)) if proof.attempt() == Attempt(self.attempt) => {}
             other => return Err(format!("{kind:?} epoch {epoch}: {other:?}")),

@@ -103,17 +103,7 @@ fn whole(
         assembly.at(),
         if matches!(assembly.pages, Pages::Full(_)) { EpochKind::Full } else { EpochKind::Delta },
     );
-    let manifest = EpochManifest {
-        generation: at.generation,
-        epoch: at.epoch,
-        kind,
-        frames: totals.frames,
-        pages: totals.pages,
-        frame_bytes: totals.frame_bytes,
-        pages_digest: totals.digest,
-        device_bytes: 6,
-        device_digest: Digest::of(b"device"),
-    };
+    let manifest = EpochManifest::new(at.generation, at.epoch, kind, &totals, b"device");
     let before = image.as_deref();
     let (took, crew) = match crew {
         None => (frames.iter().try_for_each(|frame| assembly.frame(frame.clone(), before)), None),

@@ -24,7 +24,6 @@ use understudy_backup::server::Sockets;
 use understudy_backup::shared::{SharedFile, SharedMemory};
 use understudy_proto::codec::PageEncoder;
 use understudy_proto::control::{self, ControlFile};
-use understudy_proto::digest::Digest;
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::frame::FrameBuilder;
 use understudy_proto::ids::{EpochId, Generation, GuestId};
@@ -463,17 +462,7 @@ impl Epoch {
         let (last, totals) = builder.finish();
         frames.extend(last);
         let device = Bytes::copy_from_slice(device);
-        let manifest = EpochManifest {
-            generation: at.generation,
-            epoch: at.epoch,
-            kind,
-            frames: totals.frames,
-            pages: totals.pages,
-            frame_bytes: totals.frame_bytes,
-            pages_digest: totals.digest,
-            device_bytes: device.len() as u64,
-            device_digest: Digest::of(&device),
-        };
+        let manifest = EpochManifest::new(at.generation, at.epoch, kind, &totals, &device);
         Self { at, kind, layout: layout.clone(), frames, device, manifest }
     }
 

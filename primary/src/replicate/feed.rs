@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use understudy_proto::codec::CodecSet;
-use understudy_proto::digest::Digest;
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::frame::{FrameBuilder, FrameTotals};
 use understudy_proto::ids::{EpochId, Generation};
@@ -181,17 +180,7 @@ impl EpochMessages {
             Part::Seed(seed) => vec![PrimaryMessage::Seed(*seed), self.begin_message()],
             Part::Frame(frame) => vec![PrimaryMessage::Pages(Pages { epoch, frame })],
             Part::End { device, totals } => {
-                let manifest = EpochManifest {
-                    generation: self.generation,
-                    epoch,
-                    kind: self.kind,
-                    frames: totals.frames,
-                    pages: totals.pages,
-                    frame_bytes: totals.frame_bytes,
-                    pages_digest: totals.digest,
-                    device_bytes: device.len() as u64,
-                    device_digest: Digest::of(&device),
-                };
+                let manifest = EpochManifest::new(self.generation, epoch, self.kind, &totals, &device);
                 let pieces = DevicePiece::split(epoch, &device).map(PrimaryMessage::Device);
                 pieces.chain([PrimaryMessage::Manifest(manifest)]).collect()
             }

@@ -117,25 +117,11 @@ impl FrameBuilder {
         content: Option<&PageData>,
         encoded: Encoded<'_>,
     ) -> Option<Bytes> {
-        let Encoded { codec, payload } = encoded;
-        // A page of zeros is digested as such, whatever form it came in.
-        if let Some(digest) = &mut self.digest {
-            digest.update(block, page, content.filter(|_| codec != Codec::Zero));
+        self.put(block, page, content, encoded);
+        if self.batch.as_ref().is_some_and(|batch| is_full(&batch.records)) {
+            self.close_batch();
         }
-        self.pages += 1;
-        match &mut self.batch {
-            Some(batch) => {
-                put_record(&mut batch.records, page.get(), block.0, codec, payload);
-                if is_full(&batch.records) {
-                    self.close_batch();
-                }
-            }
-            None => {
-                make_room(&mut self.open, payload.len());
-                put_record(&mut self.open, page.get(), block.0, codec, payload);
-            }
-        }
-        (self.open.len() >= limits::FRAME_TARGET_BYTES).then(|| self.close())
+        self.close_if_full()
     }
 
     /// [`FrameBuilder::push_encoded`], but batches that are full go into `batches` and not into the frame. Whatever is
@@ -149,23 +135,15 @@ impl FrameBuilder {
         encoded: Encoded<'_>,
         batches: &mut Batches,
     ) -> Option<Bytes> {
-        let Some(batch) = &mut self.batch else {
-            return self.push_encoded(block, page, content, encoded);
-        };
-        let Encoded { codec, payload } = encoded;
-        if let Some(digest) = &mut self.digest {
-            digest.update(block, page, content.filter(|_| codec != Codec::Zero));
-        }
-        self.pages += 1;
-        put_record(&mut batch.records, page.get(), block.0, codec, payload);
-        if is_full(&batch.records) {
+        self.put(block, page, content, encoded);
+        if let Some(batch) = self.batch.as_mut().filter(|batch| is_full(&batch.records)) {
             let mut full = batches.spare.pop().unwrap_or_default();
             full.records.clear();
             full.records.reserve(limits::MAX_BATCH_BYTES);
             std::mem::swap(&mut full.records, &mut batch.records);
             batches.full.push(full);
         }
-        None
+        self.close_if_full()
     }
 
     /// Adds batches that were compressed, in order; gives the frames that are full.
@@ -174,9 +152,7 @@ impl FrameBuilder {
         for batch in full.drain(..) {
             put_batch(&mut self.open, &batch.records, batch.pays.then_some(&batch.lz4));
             spare.push(batch);
-            if self.open.len() >= limits::FRAME_TARGET_BYTES {
-                out.push(self.close());
-            }
+            out.extend(self.close_if_full());
         }
     }
 
@@ -224,6 +200,27 @@ impl FrameBuilder {
         let Some(batch) = self.batch.as_mut().filter(|batch| !batch.records.is_empty()) else { return };
         put_batch(&mut self.open, &batch.records, compressed(&mut batch.lz4, &batch.records));
         batch.records.clear();
+    }
+
+    /// Counts and digests a page, and adds its record to the batch or the frame that is open.
+    fn put(&mut self, block: BlockIndex, page: PageIndex, content: Option<&PageData>, encoded: Encoded<'_>) {
+        let Encoded { codec, payload } = encoded;
+        // A page of zeros is digested as such, whatever form it came in.
+        if let Some(digest) = &mut self.digest {
+            digest.update(block, page, content.filter(|_| codec != Codec::Zero));
+        }
+        self.pages += 1;
+        match &mut self.batch {
+            Some(batch) => put_record(&mut batch.records, page.get(), block.0, codec, payload),
+            None => {
+                make_room(&mut self.open, payload.len());
+                put_record(&mut self.open, page.get(), block.0, codec, payload);
+            }
+        }
+    }
+
+    fn close_if_full(&mut self) -> Option<Bytes> {
+        (self.open.len() >= limits::FRAME_TARGET_BYTES).then(|| self.close())
     }
 
     fn close(&mut self) -> Bytes {

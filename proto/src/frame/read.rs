@@ -48,6 +48,7 @@ impl FrameReader {
         mut each: impl FnMut(Record<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         ProtocolError::check_len("frame bytes", frame.len() as u64, limits::MAX_FRAME_BYTES as u64)?;
+        // Not by `units` and `records`, which take 22 ns instead of 8 for a record without payload.
         let mut rest = frame;
         while !rest.is_empty() {
             let (head, payload) = Header::read(&mut rest)?;

@@ -12,7 +12,6 @@ use understudy_backup::image::{AnonymousMemory, Image};
 use understudy_primary::encode::Recoder;
 use understudy_primary::encode::governor::{Governor, Plan};
 use understudy_proto::codec::CodecSet;
-use understudy_proto::digest::Digest;
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::frame::FrameTotals;
 use understudy_proto::ids::{EpochId, Generation};
@@ -226,17 +225,7 @@ impl Way {
             assembly.frames(group, self.image.as_deref(), &mut self.crew).map_err(fault)?;
         }
         assembly.device(b"device");
-        let manifest = EpochManifest {
-            generation,
-            epoch,
-            kind,
-            frames: totals.frames,
-            pages: totals.pages,
-            frame_bytes: totals.frame_bytes,
-            pages_digest: totals.digest,
-            device_bytes: 6,
-            device_digest: Digest::of(b"device"),
-        };
+        let manifest = EpochManifest::new(generation, epoch, kind, &totals, b"device");
         let (verified, _) = assembly.verify(&manifest).map_err(fault)?;
         let (verifying, began) = (began.elapsed(), Instant::now());
         verified.apply_by(&mut self.image, &mut self.crew).map_err(anyhow::Error::msg)?;

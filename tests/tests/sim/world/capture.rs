@@ -3,7 +3,6 @@
 use understudy_libvirt::{DomainEvent, QmpEvent};
 use understudy_primary::egress::Sealing;
 use understudy_primary::engine::{CaptureFailure, Event};
-use understudy_proto::digest::Digest;
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::frame::FrameBuilder;
 use understudy_proto::ids::{EpochId, Generation};
@@ -149,17 +148,7 @@ impl World {
         self.truth.insert(capture, truth);
         let (frame, totals) = builder.finish();
         let device = guest::device(capture);
-        let manifest = EpochManifest {
-            generation: Generation(generation),
-            epoch,
-            kind,
-            frames: totals.frames,
-            pages: totals.pages,
-            frame_bytes: totals.frame_bytes,
-            pages_digest: totals.digest,
-            device_bytes: device.len() as u64,
-            device_digest: Digest::of(&device),
-        };
+        let manifest = EpochManifest::new(Generation(generation), epoch, kind, &totals, &device);
         let pages = frame.map(|frame| PrimaryMessage::Pages(Pages { epoch, frame }));
         let piece = DevicePiece { epoch, offset_bytes: 0, data: device };
         pages.into_iter().chain([PrimaryMessage::Device(piece), PrimaryMessage::Manifest(manifest)]).collect()
