@@ -119,18 +119,15 @@ impl Detector {
         if self.crashed {
             return Some(Suspicion::QemuCrashed);
         }
-        let silent = now.saturating_duration_since(self.last_of_qemu());
+        // Up to when its host was heard: a host that is silent says nothing of its QEMU either.
+        let silent = self.last().saturating_duration_since(self.last_of_qemu());
         let what = if self.gone { Suspicion::QemuGone } else { Suspicion::QemuSilent };
         (silent >= limit).then(|| what(silent))
     }
 
-    /// When the next look can find something new.
-    pub(super) fn deadline(&self, after: Duration, qemu_after: Option<Duration>) -> Instant {
-        let silent = self.last() + after;
-        match qemu_after.filter(|_| self.told && !self.ended) {
-            Some(limit) => silent.min(self.last_of_qemu() + limit),
-            None => silent,
-        }
+    /// When silence will be suspicious. Everything else is found when a heartbeat comes.
+    pub(super) fn deadline(&self, after: Duration) -> Instant {
+        self.last() + after
     }
 
     fn last_of_qemu(&self) -> Instant {

@@ -1,5 +1,6 @@
 //! The protocol with time: when to suspect, to read, to lose patience.
 
+use std::mem::discriminant;
 use std::time::{Duration, Instant};
 
 use understudy_proto::heartbeat::Heartbeat;
@@ -65,7 +66,7 @@ pub enum Input {
 pub enum Output {
     /// To be carried out.
     Command(Command),
-    /// The other host is suspected.
+    /// The other host is suspected, or of something else than before.
     Suspected(Suspicion),
     /// It is heard again.
     Heard,
@@ -157,10 +158,10 @@ impl Engine {
     /// When [`Input::Tick`] is wanted, if nothing else happens before.
     pub fn deadline(&self) -> Instant {
         let mut due = self.read_at;
-        if let Some((after, qemu)) = self.watches()
+        if let Some((after, _)) = self.watches()
             && self.suspicion.is_none()
         {
-            due = due.min(self.detector.deadline(after, qemu));
+            due = due.min(self.detector.deadline(after));
         }
         if *self.protocol.role() == Role::Held {
             due = due.min((self.role_since + self.timing.claim_patience).max(self.read_at));
@@ -196,6 +197,11 @@ impl Engine {
                 out.push(Output::Heard);
                 self.tell(Event::Heard, now, out);
             }
+            // Its QEMU hung and now its host is silent too, or the other way round: whether it may be switched off hangs on it.
+            (Some(found), Some(before)) if discriminant(&found) != discriminant(&before) => {
+                self.suspicion = Some(found);
+                out.push(Output::Suspected(found));
+            }
             _ => {}
         }
     }
@@ -213,7 +219,7 @@ impl Engine {
         let before = self.protocol.role().clone();
         let commands = self.protocol.step(event);
         let role = self.protocol.role();
-        if std::mem::discriminant(role) != std::mem::discriminant(&before) {
+        if discriminant(role) != discriminant(&before) {
             self.role_since = now;
             out.push(Output::Became(role.clone()));
             if watched_as(&before) != watched_as(role) {

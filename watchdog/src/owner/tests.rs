@@ -152,21 +152,7 @@ fn taken_over_from(mut beat: impl FnMut(Duration, &mut Heartbeat)) -> Takeover {
     for number in 1.. {
         after += Duration::from_millis(100);
         assert!(after < Duration::from_secs(60), "nothing is suspected");
-        let mut heartbeat = Heartbeat {
-            guest: GuestId(uuid::Uuid::from_u128(3)),
-            host: "a".into(),
-            life: 1,
-            number,
-            term: Term(1),
-            generation: Generation(1),
-            epoch: EpochId(1),
-            qemu_age: None,
-            image: None,
-            ended: false,
-            yields: false,
-            crashed: false,
-            settings: None,
-        };
+        let mut heartbeat = heartbeat(number, None);
         beat(after, &mut heartbeat);
         let said = dog.step(Input::Heartbeat(heartbeat), start + after);
         if said.iter().any(|output| matches!(output, Output::Suspected(_))) {
@@ -185,6 +171,24 @@ fn taken_over_from(mut beat: impl FnMut(Duration, &mut Heartbeat)) -> Takeover {
     panic!("the guest was not taken over")
 }
 
+fn heartbeat(number: u64, qemu_age: Option<Duration>) -> Heartbeat {
+    Heartbeat {
+        guest: GuestId(uuid::Uuid::from_u128(3)),
+        host: "a".into(),
+        life: 1,
+        number,
+        term: Term(1),
+        generation: Generation(1),
+        epoch: EpochId(1),
+        qemu_age,
+        image: None,
+        ended: false,
+        yields: false,
+        crashed: false,
+        settings: None,
+    }
+}
+
 /// QEMU's last sign of life.
 const LAST: Duration = Duration::from_millis(700);
 
@@ -201,4 +205,32 @@ fn a_dead_qemu_was_detected_from_its_own_last_sign_of_life() {
         beat.crashed = after >= Duration::from_secs(1);
     });
     assert_eq!((report.suspicion.as_str(), report.detect_ms), ("its QEMU has died", 300));
+}
+
+#[test]
+fn a_host_that_is_silent_is_not_taken_for_a_qemu_that_hangs() {
+    let image = Image { incarnation: Incarnation(uuid::Uuid::from_u128(2)), generation: Generation(1) };
+    let start = Instant::now();
+    // The host may be silent for longer than its QEMU.
+    let timing = Timing { primary_silent: Duration::from_secs(10), ..Timing::default() };
+    let mut dog = Engine::new("b", Policies::default(), timing, start);
+    let local = Local { image: Some(image), ..Local::default() };
+    dog.step(Input::Event(Event::Local(local)), start);
+    dog.step(Input::Event(record(1, 1, pair("a", "b"))), start);
+    let at = |millis| start + Duration::from_millis(millis);
+    let beat = |number, age| Input::Heartbeat(heartbeat(number, Some(Duration::from_millis(age))));
+    dog.step(beat(1, 150), at(1000));
+    assert_eq!(dog.deadline().max(at(11_000)), at(11_000));
+    for millis in [6000, 8000, 10_999] {
+        dog.step(Input::Tick, at(millis));
+        assert_eq!(dog.suspicion(), None, "after {millis} ms");
+    }
+    let silent = Suspicion::Silent(Duration::from_secs(10));
+    assert!(dog.step(Input::Tick, at(11_000)).contains(&Output::Suspected(silent)));
+    // It is heard again, and its QEMU is not.
+    let hung = Suspicion::QemuSilent(Duration::from_secs(7));
+    assert!(dog.step(beat(2, 7000), at(12_000)).contains(&Output::Suspected(hung)));
+    let again = dog.step(Input::Tick, at(22_000));
+    assert!(again.contains(&Output::Suspected(silent)), "{again:?}");
+    assert!(dog.step(beat(3, 0), at(22_100)).contains(&Output::Heard));
 }
