@@ -13,8 +13,8 @@ use crate::lab::understudy::Role;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("failover: i440fx, one vCPU: three power cuts in turn", |lab| chain(lab, SHAPES[0], 3, 2)),
-    ("failover: i440fx, two vCPUs: two power cuts in turn", |lab| chain(lab, SHAPES[1], 2, 2)),
-    ("failover: q35, one vCPU: two power cuts in turn", |lab| chain(lab, SHAPES[2], 2, 2)),
+    ("failover: i440fx, two vCPUs: a power cut", |lab| chain(lab, SHAPES[1], 1, 1)),
+    ("failover: q35, one vCPU: a power cut", |lab| chain(lab, SHAPES[2], 1, 1)),
     ("failover: q35, two vCPUs: two power cuts in turn", |lab| chain(lab, SHAPES[3], 2, 2)),
     ("failover: a standby whose memory is loaded at the promotion", cold),
 ];

@@ -122,7 +122,7 @@ fn save(lab: &Lab) -> Result<()> {
     let before = Guest::wait(lab.dir(), "g1", UP)?.count()?;
     let outcome = answered(lab, SAVE)?;
     ensure!(outcome.code != 0, "virsh save was done: {outcome:?}");
-    let on = if running(lab, Alpha)? { Alpha } else { Beta };
+    let on = if outlives(lab, LATE)? { Alpha } else { Beta };
     if on == Beta {
         println!("    QEMU has ended itself");
         println!("    {}", lab.must_understudy(Beta, &["failover", "g1"])?.trim());
@@ -138,6 +138,22 @@ fn save(lab: &Lab) -> Result<()> {
     wait_shown(lab, on, &["value=\"protected\"", &format!("backup=\"{}\"", on.other())])?;
     ensure!(!running(lab, on.other())?, "the guest runs on {} as well", on.other());
     Ok(())
+}
+
+/// How long after a save that failed QEMU may still end itself.
+const LATE: Duration = Duration::from_secs(10);
+
+/// Whether the domain is on alpha so much later. A look may fall into the stop of a checkpoint, where it is paused.
+fn outlives(lab: &Lab, time: Duration) -> Result<bool> {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        let said = lab.exec(Alpha, &Exec::shell("virsh -q domstate g1"))?;
+        if said.code != 0 || !["running", "paused"].contains(&said.stdout.trim()) {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    Ok(true)
 }
 
 /// QEMU 7.2 lets go of its capture for a migration that it then cannot begin, and stays between the two.
