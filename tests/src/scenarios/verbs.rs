@@ -141,10 +141,10 @@ fn save(lab: &Lab) -> Result<()> {
 }
 
 /// How long after a save that failed QEMU may still end itself.
-const LATE: Duration = Duration::from_secs(10);
+pub(super) const LATE: Duration = Duration::from_secs(10);
 
 /// Whether the domain is on alpha so much later. A look may fall into the stop of a checkpoint, where it is paused.
-fn outlives(lab: &Lab, time: Duration) -> Result<bool> {
+pub(super) fn outlives(lab: &Lab, time: Duration) -> Result<bool> {
     let end = Instant::now() + time;
     while Instant::now() < end {
         let said = lab.exec(Alpha, &Exec::shell("virsh -q domstate g1"))?;

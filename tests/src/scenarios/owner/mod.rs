@@ -152,7 +152,7 @@ fn saved(lab: &Lab) -> Result<()> {
     let moment = Instant::now();
     let outcome = verbs::answered(lab, verbs::SAVE)?;
     ensure!(outcome.code != 0, "virsh save was done: {outcome:?}");
-    if verbs::running(lab, Alpha)? {
+    if verbs::outlives(lab, verbs::LATE)? {
         if !verbs::spoiled(lab)? {
             keeping.protected(Alpha)?;
         }
