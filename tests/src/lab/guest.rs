@@ -61,7 +61,8 @@ impl Guest {
         }
     }
 
-    fn limit(&self, limit: Duration) -> Result<()> {
+    /// How long an answer may take from now on.
+    pub(crate) fn limit(&self, limit: Duration) -> Result<()> {
         self.stream.get_ref().set_read_timeout(Some(limit)).context("cannot set a time limit")
     }
 

@@ -288,6 +288,28 @@ impl Lab {
             .collect()
     }
 
+    /// What the gates hold and what has passed them, and whether QEMU runs: for a guest that does not answer any more.
+    pub(crate) fn gates(&self) -> String {
+        let look = Exec::shell(
+            "date -u +%FT%T.%N
+            for card in $(ls /sys/class/net | grep ^vnet); do
+              ip -s link show dev $card
+              ip -s link show dev usg-$card
+              tc -s qdisc show dev usg-$card
+              tc -s filter show dev $card ingress
+            done
+            virsh list --all
+            virsh qemu-monitor-command --hmp g1 'info status'
+            virsh qemu-monitor-command --hmp g1 'info migrate' | grep -i '^migration status'",
+        )
+        .limit(STUCK_LIMIT);
+        let of = |host| match self.exec(host, &look) {
+            Ok(outcome) => format!("--- {host}\n{}\n", outcome.stdout),
+            Err(error) => format!("--- {host}: {error:#}\n"),
+        };
+        HostName::ALL.into_iter().map(of).collect()
+    }
+
     /// Ends the lab.
     pub(crate) fn down(mut self) -> Result<()> {
         let result = self.ask(&Request::Down).map(drop);

@@ -1,4 +1,4 @@
-//! Guests whose network card is not a plain tap in a bridge: their output is gated as any other, and they fail over.
+//! Guests whose network card is not a plain tap in a bridge that QEMU serves: their output is gated as any other, and they fail over.
 
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use crate::lab::plan::{GUEST_BRIDGE, Net, OVS_BRIDGE};
 
 /// Only when they are asked for by name.
 pub(super) const ON_REQUEST: &[Scenario] = &[
+    ("cards: a tap served by vhost-net is gated, and fails over", |lab| gated(lab, Card::Vhost)),
     ("cards: a card with two queues is gated, and fails over", |lab| gated(lab, Card::Queues(2))),
     ("cards: a macvtap is gated, and fails over", |lab| gated(lab, Card::Macvtap)),
     ("cards: a tap in Open vSwitch is gated, and fails over", |lab| {

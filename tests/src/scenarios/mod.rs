@@ -134,14 +134,25 @@ fn advances(lab: &Lab, limit: Duration) -> Result<()> {
     .map(drop)
 }
 
+/// An answer of a guest that is about to go may never come.
+const SOON: Duration = Duration::from_secs(3);
+
 /// Has guest g1 start itself anew; gives its new boot identity.
 fn reboot(lab: &Lab, boot: &str) -> Result<String> {
+    let mut guest = Guest::wait(lab.dir(), "g1", UP)?;
+    guest.limit(SOON)?;
     // It may be gone before its answer is.
-    drop(Guest::wait(lab.dir(), "g1", UP)?.ask("reboot"));
+    drop(guest.ask("reboot"));
+    rebooted(lab, boot)
+}
+
+/// Waits until guest g1 has another boot identity than this one, and gives it.
+fn rebooted(lab: &Lab, boot: &str) -> Result<String> {
     let end = Instant::now() + UP;
     loop {
-        let again = Guest::wait(lab.dir(), "g1", UP)?.count();
-        if let Some(again) = again.ok().filter(|again| again.boot != boot) {
+        let mut guest = Guest::wait(lab.dir(), "g1", UP)?;
+        guest.limit(SOON)?;
+        if let Some(again) = guest.count().ok().filter(|again| again.boot != boot) {
             return Ok(again.boot);
         }
         ensure!(Instant::now() < end, "the guest did not reboot");
@@ -211,7 +222,9 @@ fn repeated(lab: &Lab, repeats: &Cell<u32>, scenario: fn(&Lab) -> Result<()>) ->
 
 fn play_once(lab: &Lab, scenario: fn(&Lab) -> Result<()>) -> Result<()> {
     clear(lab)?;
-    scenario(lab).map_err(|error| anyhow!("{error:#}\nthe agents said\n{}", lab.agent_logs()))
+    scenario(lab).map_err(|error| {
+        anyhow!("{error:#}\nthe gates were\n{}\nthe agents said\n{}", lab.gates(), lab.agent_logs())
+    })
 }
 
 /// The lab needs root; what cargo builds should stay the user's.

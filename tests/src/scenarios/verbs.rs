@@ -95,11 +95,7 @@ fn verbs(lab: &Lab) -> Result<()> {
     ensure!(full_copies()? == copies, "a full copy was made: {:?} before, {:?} now", copies, full_copies()?);
 
     done(lab, "reboot g1")?;
-    let end = Instant::now() + UP;
-    while Guest::wait(lab.dir(), "g1", UP)?.count().ok().is_none_or(|count| count.boot == boot) {
-        ensure!(Instant::now() < end, "the guest did not reboot");
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    super::rebooted(lab, &boot)?;
     protected(lab, "reboot")?;
 
     done(lab, "undefine g1")?;
