@@ -11,9 +11,17 @@
 //! too: what is done in order, or waits for threads that others use, is in it. Before anything was encoded it is taken for the
 //! CPUs that have nothing to do.
 //!
+//! The link is known from epochs that are sent as they are. What an epoch takes beyond what its parts let expect (a backup that
+//! decodes, threads that wake each other), or less (encoding while QEMU still sends), is learnt for each plan apart, so the plan in
+//! use is known by what it takes, and not by what it should take. If that were one with the link, a backup that is slow to decode
+//! would look like a link that is slow for raw pages too. A link that changes while another plan is in use looks the same; so an
+//! epoch is sent raw then, and now and then in any case, to tell.
+//!
 //! It holds to raw within [`MAX_LOSS`] at once, and otherwise changes only for [`MIN_GAIN`] and not within a number of
 //! epochs that doubles with every change and halves with quiet ones. From raw, a plan is first tried with a part of the
 //! pages of a few epochs: what is usual may be far from what this guest, host and link are like.
+
+mod link;
 
 use std::time::Duration;
 
@@ -22,15 +30,20 @@ use understudy_proto::frame::RECORD_HEADER_BYTES;
 use understudy_proto::limits::FRAME_TARGET_BYTES;
 use understudy_proto::units::PAGE_BYTES;
 
+use link::{Link, is_unusual};
+
 /// A plan predicted to take more than this, relative to raw, is left at once.
 pub const MAX_LOSS: f64 = 1.05;
 
 /// A plan must be predicted to take less than this, relative to the one in use, to replace it.
 pub const MIN_GAIN: f64 = 0.9;
 
+/// The same, after a trial, to replace raw: on a link that is no limit what an epoch takes moves by more than a tenth by itself.
+pub const MIN_GAIN_OF_RAW: f64 = 0.8;
+
 /// Nor is it worth a change, in seconds, where it saves less: so much of a link's delay may be taken for slowness, as
-/// epochs of one size do not tell the two apart.
-const MIN_SAVING: f64 = 200e-6;
+/// epochs of one size do not tell the two apart, and so much is lost again by trials.
+const MIN_SAVING: f64 = 400e-6;
 
 /// Weight of a new value in a moving average.
 const WEIGHT: f64 = 0.2;
@@ -52,7 +65,22 @@ const WARM_UP: u32 = 6;
 const TRIAL: u32 = WARM_UP + 6;
 
 /// One page of so many takes part in it.
-const TRIAL_PART: u64 = 8;
+const TRIAL_PART: u64 = 16;
+
+/// Under another plan than raw one epoch of so many is sent raw.
+const PROBE: u32 = 256;
+
+/// Where the plan is not predicted to take less than this, relative to raw, that is done the first time after so many epochs, then
+/// after twice as many and so on, and with so many epochs.
+const CLOSE: f64 = 0.6;
+const FIRST_PROBE: u32 = 24;
+const CLOSE_PROBES: u32 = 4;
+
+/// Weight of an epoch of them: together they count for most of what is known of raw.
+const PROBE_WEIGHT: f64 = 0.3;
+
+/// Epochs of a plan after which it is known what they take beyond what is expected.
+const KNOWN_EXTRA: u32 = 3;
 
 /// Bytes a second that no link has: nothing was seen that would have told its speed.
 const UNFELT: f64 = 1e12;
@@ -107,7 +135,7 @@ impl Plan {
 /// Pages of a class, what they became and what that took.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Work {
-    /// Pages, those of zeros not among them.
+    /// Pages.
     pub pages: u64,
     /// Bytes of their records.
     pub bytes: u64,
@@ -122,14 +150,18 @@ pub struct Seen {
     pub plan: Plan,
     /// Pages that were in the cache.
     pub known: Work,
-    /// All others.
+    /// All others but those of zeros.
     pub fresh: Work,
-    /// Beside a trial of the plan: pages that went as they were.
+    /// Pages of zeros.
+    pub zeros: Work,
+    /// Beside a trial of the plan: pages that went as they were, those of zeros not among them.
     pub rest: Work,
     /// How many threads worked on pages at a time.
     pub threads: f64,
     /// Bytes sent and how long the link took for them, until the answer; `None` if that is not known.
     pub transfer: Option<(u64, Duration)>,
+    /// From the first page to the answer.
+    pub whole: Option<Duration>,
     /// CPUs of the host that had nothing to do.
     pub spare_cpus: f64,
 }
@@ -154,19 +186,23 @@ struct Cost {
 
 const RECORD: f64 = (RECORD_HEADER_BYTES + PAGE_BYTES) as f64;
 
-/// What pages cost usually: known first, then others. Measured with the crate's own encoder; see docs/PERFORMANCE.md.
-const USUAL: [[Cost; 2]; 5] = {
+/// What pages cost usually: known ones, others, zeros. Measured with the crate's own encoder; see docs/PERFORMANCE.md.
+const USUAL: [[Cost; 3]; 5] = {
     const fn cost(nanos: f64, share: f64) -> Cost {
         Cost { nanos, bytes: RECORD * share }
     }
+    const HEADER: f64 = RECORD_HEADER_BYTES as f64 / RECORD;
     [
-        [cost(60.0, 1.0), cost(60.0, 1.0)],
-        [cost(5000.0, 0.55), cost(5000.0, 0.55)],
-        [cost(900.0, 0.25), cost(500.0, 1.0)],
-        [cost(1700.0, 0.22), cost(5400.0, 0.55)],
-        [cost(1900.0, 0.18), cost(5200.0, 0.55)],
+        [cost(60.0, 1.0), cost(60.0, 1.0), cost(0.0, HEADER)],
+        [cost(5000.0, 0.55), cost(5000.0, 0.55), cost(50.0, HEADER)],
+        [cost(900.0, 0.25), cost(500.0, 1.0), cost(400.0, HEADER)],
+        [cost(1700.0, 0.22), cost(5400.0, 0.55), cost(400.0, HEADER)],
+        [cost(1900.0, 0.18), cost(5200.0, 0.55), cost(400.0, HEADER)],
     ]
 };
+
+/// Seconds that an epoch usually takes beyond what its parts let expect, for each page.
+const USUAL_EXTRA: [f64; 5] = [0.0, 0.5e-6, 0.2e-6, 0.4e-6, 0.3e-6];
 
 /// Usual share of known pages.
 const USUAL_KNOWN: f64 = 0.7;
@@ -176,9 +212,20 @@ const USUAL_KNOWN: f64 = 0.7;
 pub struct Governor {
     plan: Plan,
     is_fixed: bool,
-    costs: [[Cost; 2]; 5],
-    /// Pages of an epoch.
+    costs: [[Cost; 3]; 5],
+    /// The same as it is; below 0 where epochs take less.
+    extra: [f64; 5],
+    /// Epochs from which that of the plan in use is known.
+    extra_known: u32,
+    /// The last epoch took another time than was expected.
+    was_unusual: bool,
+    /// So many epochs are sent raw, to see what that takes.
+    probes: u32,
+    /// Epochs after the change of plan, the next time.
+    probe_at: u32,
+    /// Pages of an epoch, and those of zeros.
     pages: f64,
+    zeros: f64,
     /// Of the last one.
     last_pages: u64,
     /// Share of pages that the cache knows while it is used.
@@ -192,7 +239,7 @@ pub struct Governor {
     hold: u32,
     since_change: u32,
     /// Epochs with pages of each class since the plan is in use.
-    tried: [u32; 2],
+    tried: [u32; 3],
     /// What is tried beside raw, and the epochs that are left for it.
     trial: Option<(Plan, u32)>,
 }
@@ -210,7 +257,13 @@ impl Governor {
             plan: Plan::Raw,
             is_fixed: false,
             costs: USUAL,
+            extra: USUAL_EXTRA,
+            extra_known: 0,
+            was_unusual: false,
+            probes: 0,
+            probe_at: FIRST_PROBE,
             pages: 0.0,
+            zeros: 0.0,
             last_pages: 0,
             known_share: USUAL_KNOWN,
             link: Link::default(),
@@ -220,7 +273,7 @@ impl Governor {
             warm_up: 0,
             hold: MIN_HOLD,
             since_change: MIN_HOLD,
-            tried: [0; 2],
+            tried: [0; 3],
             trial: None,
         }
     }
@@ -247,8 +300,11 @@ impl Governor {
         self.plan
     }
 
-    /// What the first pages of the next epoch are encoded with instead, and how many.
+    /// What the first pages of the next epoch are encoded with instead, and how many; of zeros not one counts.
     pub fn trial(&self) -> Option<(Plan, u64)> {
+        if self.probes > 0 {
+            return Some((self.plan, 0));
+        }
         self.trial.map(|(plan, _)| (plan, (self.last_pages / TRIAL_PART).max(1)))
     }
 
@@ -307,14 +363,17 @@ impl Governor {
         // What saves too little of raw to be sure of it is no better than raw.
         let (best, time) = if raw - time < MIN_SAVING { (Plan::Raw, raw) } else { (best, time) };
         let must = !self.plan.is_allowed(codecs) || now > raw * MAX_LOSS;
-        let may = (tried.is_some() || self.since_change >= self.hold) && time < now * MIN_GAIN;
+        let gain = if tried.is_some() { MIN_GAIN_OF_RAW } else { MIN_GAIN };
+        let may = (tried.is_some() || self.since_change >= self.hold) && time < now * gain;
         if tried.is_some() && !may {
             // It was no better: not again so soon.
             self.rest();
         }
         if self.is_fixed || best == self.plan || !(must || may) {
+            self.probe_in_time(now > raw * CLOSE);
             return None;
         }
+        (self.probes, self.probe_at) = (0, FIRST_PROBE);
         if self.plan == Plan::Raw && tried != Some(best) {
             self.begin(best);
             self.trial = Some((best, TRIAL));
@@ -335,12 +394,23 @@ impl Governor {
         Some(change)
     }
 
+    /// Has the next epochs sent raw if it is time to know better what that takes.
+    fn probe_in_time(&mut self, is_close: bool) {
+        if self.is_fixed || self.plan == Plan::Raw {
+            self.probes = 0;
+        } else if self.since_change >= self.probe_at && self.probes == 0 {
+            self.probes = if is_close { CLOSE_PROBES } else { u32::from(self.since_change >= PROBE) };
+            self.probe_at = self.since_change + self.since_change.min(PROBE);
+        }
+    }
+
     /// A plan is about to be used.
     fn begin(&mut self, plan: Plan) {
         if plan.uses_cache() && !self.active().uses_cache() {
             self.warm_up = WARM_UP;
         }
-        self.tried = [0; 2];
+        self.tried = [0; 3];
+        (self.extra_known, self.was_unusual) = (0, false);
     }
 
     /// Nothing changes for a while, each time for longer.
@@ -352,9 +422,15 @@ impl Governor {
     /// Seconds an average epoch takes under a plan, from its first page to the backup's answer.
     pub fn predicted_seconds(&self, plan: Plan) -> f64 {
         let known = if plan.uses_cache() { self.known_share } else { 0.0 };
-        let [k, f] = self.costs[plan as usize];
-        let bytes = self.pages * (known * k.bytes + (1.0 - known) * f.bytes);
-        let encode = self.pages * (known * k.nanos + (1.0 - known) * f.nanos) / 1e9;
+        let [k, f, z] = self.costs[plan as usize];
+        let bytes = self.pages * (known * k.bytes + (1.0 - known) * f.bytes) + self.zeros * z.bytes;
+        let nanos = self.pages * (known * k.nanos + (1.0 - known) * f.nanos) + self.zeros * z.nanos;
+        let pages = self.pages + self.zeros;
+        (self.expected(plan, nanos / 1e9, bytes) + self.extra[plan as usize] * pages).max(0.0)
+    }
+
+    /// What so many bytes should take that are so many seconds of work.
+    fn expected(&self, plan: Plan, encode: f64, bytes: f64) -> f64 {
         let send = self.link.seconds_per_byte * bytes;
         // The first frame cannot be sent before it is encoded; behind it both go on at once.
         let frames = (bytes / FRAME_TARGET_BYTES as f64).max(1.0);
@@ -366,10 +442,16 @@ impl Governor {
 
     fn learn(&mut self, seen: &Seen) {
         let encoded = (seen.known.pages + seen.fresh.pages) as f64;
-        self.last_pages = seen.known.pages + seen.fresh.pages + seen.rest.pages;
-        let pages = self.last_pages as f64;
-        if pages > 0.0 {
-            average(&mut self.pages, pages);
+        let pages = seen.known.pages + seen.fresh.pages + seen.rest.pages;
+        // In a part of an epoch not all pages of zeros are counted.
+        let is_whole = seen.rest.pages == 0;
+        if pages > 0 {
+            self.last_pages = pages;
+        }
+        if pages > 0 || seen.zeros.pages > 0 {
+            average(&mut self.pages, pages as f64);
+            let zeros = if is_whole { seen.zeros.pages as f64 } else { self.zeros };
+            average(&mut self.zeros, zeros);
         }
         let active = self.active();
         if active.uses_cache() && !seen.plan.uses_cache() {
@@ -382,10 +464,10 @@ impl Governor {
         let least = if seen.plan == Plan::Raw { 1.0 } else { 1.0 / MAX_JUMP };
         average(&mut self.threads, threads.clamp(least, self.max_threads));
         if let Some((bytes, time)) = seen.transfer {
-            self.link.learn(bytes as f64, time.as_secs_f64());
+            self.learn_transfer(seen, bytes as f64, time.as_secs_f64());
         }
         let used = seen.plan as usize;
-        for (class, work) in [seen.known, seen.fresh].iter().enumerate() {
+        for (class, work) in [seen.known, seen.fresh, seen.zeros].iter().enumerate() {
             if work.pages == 0 {
                 continue;
             }
@@ -413,10 +495,56 @@ impl Governor {
             self.known_share += (USUAL_KNOWN - self.known_share) * DRIFT;
         }
         for plan in Plan::ALL.into_iter().filter(|plan| *plan != seen.plan) {
+            let extra = &mut self.extra[plan as usize];
+            *extra += (USUAL_EXTRA[plan as usize] - *extra) * DRIFT;
             for (usual, cost) in USUAL[plan as usize].iter().zip(&mut self.costs[plan as usize]) {
                 cost.nanos += (usual.nanos - cost.nanos) * DRIFT;
                 cost.bytes += (usual.bytes - cost.bytes) * DRIFT;
             }
+        }
+    }
+
+    /// An epoch's way to the backup and back.
+    fn learn_transfer(&mut self, seen: &Seen, bytes: f64, seconds: f64) {
+        let encoded = seen.known.pages + seen.fresh.pages;
+        let is_probe = self.probes > 0 && seen.plan == self.plan && encoded == 0 && seen.rest.pages > 0;
+        let plan = if is_probe { Plan::Raw } else { seen.plan };
+        if plan == Plan::Raw {
+            self.link.learn(bytes, seconds, is_probe);
+        }
+        let pages = if is_probe { seen.rest.pages } else { encoded + seen.zeros.pages } as f64;
+        let whole = seen.whole.filter(|_| pages > 0.0 && (is_probe || seen.rest.pages == 0));
+        // Else a full copy, or a trial: too little was encoded to tell it from the rest.
+        let Some(whole) = whole.map(|whole| whole.as_secs_f64()) else { return };
+        let work = [seen.known, seen.fresh, seen.zeros];
+        let encode = match plan {
+            Plan::Raw => pages * USUAL[Plan::Raw as usize][1].nanos / 1e9,
+            _ => work.iter().map(|work| work.time.as_secs_f64()).sum(),
+        };
+        let expected = self.expected(plan, encode, bytes);
+        let extra = &mut self.extra[plan as usize];
+        if is_probe {
+            self.probes -= 1;
+            // The link may be another now, and the plan take another time.
+            self.extra_known = 0;
+            let most = expected * MAX_JUMP;
+            *extra += ((whole.min(most) - expected) / pages - *extra) * PROBE_WEIGHT;
+            return;
+        }
+        let known = self.extra_known >= KNOWN_EXTRA;
+        if known && is_unusual(whole, (expected + *extra * pages).max(0.0)) {
+            // One is a hiccup. With the next, the link or something else is another.
+            if std::mem::replace(&mut self.was_unusual, true) {
+                (self.probes, self.extra_known) = (u32::from(self.plan != Plan::Raw), 0);
+            }
+            return;
+        }
+        self.was_unusual = false;
+        self.extra_known = self.extra_known.saturating_add(1);
+        let weight = WEIGHT.max(1.0 / f64::from(self.extra_known));
+        *extra += ((whole - expected) / pages - *extra) * weight;
+        if plan != Plan::Raw {
+            self.link.at_most(bytes, seconds);
         }
     }
 }
@@ -427,73 +555,6 @@ fn at(bytes_per_second: f64) -> String {
         return "at a speed that is no limit".to_owned();
     }
     format!("at {:.0} MB/s", bytes_per_second / 1e6)
-}
-
-/// The link: a straight line through what was seen, of epochs of different sizes. Where all are of one size, the delay
-/// stays as it was known.
-#[derive(Debug, Clone, Copy, Default)]
-struct Link {
-    /// 0 until measured: then nothing speaks for any work.
-    seconds_per_byte: f64,
-    /// From the last byte to the answer of an empty epoch.
-    delay_seconds: f64,
-    // Sums of newer values with more weight: of 1, bytes, seconds, bytes squared, bytes times seconds.
-    weight: f64,
-    bytes: f64,
-    seconds: f64,
-    bytes_squared: f64,
-    product: f64,
-    /// The last epoch took another time than the line says.
-    was_unusual: bool,
-}
-
-impl Link {
-    /// Part of the mean by which sizes must vary to tell delay from speed.
-    const MIN_VARIATION: f64 = 0.1;
-
-    /// By what factor an epoch must be off the line to be of another link.
-    const MAX_CHANGE: f64 = 2.0;
-
-    fn bytes_per_second(&self) -> Option<f64> {
-        (self.seconds_per_byte > 0.0).then(|| 1.0 / self.seconds_per_byte)
-    }
-
-    fn learn(&mut self, bytes: f64, seconds: f64) {
-        if bytes <= 0.0 {
-            return;
-        }
-        let usual = self.delay_seconds + self.seconds_per_byte * bytes;
-        let is_unusual = seconds > usual * Self::MAX_CHANGE || seconds * Self::MAX_CHANGE < usual;
-        if self.weight > 0.0 && is_unusual {
-            if !std::mem::replace(&mut self.was_unusual, true) {
-                // One is a hiccup; with the next it is another link.
-                return;
-            }
-            *self = Self { delay_seconds: self.delay_seconds, ..Self::default() };
-        }
-        self.was_unusual = false;
-        for (sum, new) in [
-            (&mut self.weight, 1.0),
-            (&mut self.bytes, bytes),
-            (&mut self.seconds, seconds),
-            (&mut self.bytes_squared, bytes * bytes),
-            (&mut self.product, bytes * seconds),
-        ] {
-            average(sum, new);
-        }
-        let (mean_bytes, mean_seconds) = (self.bytes / self.weight, self.seconds / self.weight);
-        let variance = self.bytes_squared / self.weight - mean_bytes * mean_bytes;
-        if variance > (mean_bytes * Self::MIN_VARIATION).powi(2) {
-            let slope = (self.product / self.weight - mean_bytes * mean_seconds) / variance;
-            let delay = mean_seconds - slope * mean_bytes;
-            average(&mut self.delay_seconds, delay.clamp(0.0, mean_seconds));
-        } else {
-            self.delay_seconds -= self.delay_seconds * DRIFT;
-        }
-        let delay = self.delay_seconds.min(mean_seconds);
-        // Never nothing: a link that was measured is known.
-        self.seconds_per_byte = ((mean_seconds - delay) / mean_bytes).max(1e-15);
-    }
 }
 
 fn average(value: &mut f64, new: f64) {

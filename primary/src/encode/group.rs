@@ -157,6 +157,7 @@ impl Recoder {
         let cached = self.epoch.plan.uses_cache();
         let mut pages = Vec::with_capacity(GROUP_PAGES);
         let mut began = Instant::now();
+        self.epoch.began.get_or_insert(began);
         for frame in frames {
             if self.epoch.trial == Some(0) {
                 self.group(&mut pages, began, out)?;
@@ -264,22 +265,23 @@ fn account(
     for page in pages {
         epoch.pages[page.codec as usize] += 1;
     }
-    let with_content = || pages.iter().filter(|page| page.content.is_some());
-    let all_pages = with_content().count();
-    let all_bytes: u64 = with_content().map(bytes).sum();
-    if all_pages == 0 {
+    let all_bytes: u64 = pages.iter().map(bytes).sum();
+    if pages.is_empty() {
         return;
     }
-    let each = in_order / u32::try_from(all_pages).unwrap_or(u32::MAX);
+    let each = in_order / u32::try_from(pages.len()).unwrap_or(u32::MAX);
     let each_byte = compressing.as_secs_f64() / all_bytes as f64;
-    let before = epoch.known.time + epoch.fresh.time;
-    for page in with_content() {
-        let is_known = matches!(page.lookup, Lookup::Before(_));
-        let class = if is_known { &mut epoch.known } else { &mut epoch.fresh };
+    let before = epoch.known.time + epoch.fresh.time + epoch.zeros.time;
+    for page in pages {
+        let class = match (page.content, page.lookup) {
+            (None, _) => &mut epoch.zeros,
+            (_, Lookup::Before(_)) => &mut epoch.known,
+            _ => &mut epoch.fresh,
+        };
         class.pages += 1;
         class.bytes += bytes(page);
         class.time += page.time + each + Duration::from_secs_f64(each_byte * bytes(page) as f64);
     }
-    epoch.spent.work += epoch.known.time + epoch.fresh.time - before;
+    epoch.spent.work += epoch.known.time + epoch.fresh.time + epoch.zeros.time - before;
     epoch.spent.passed += began.elapsed();
 }

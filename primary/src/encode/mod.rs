@@ -101,17 +101,17 @@ impl Counters {
 /// [`Counters`] as others see them.
 pub type SharedCounters = Arc<Mutex<Counters>>;
 
-/// What the stream measured of the epoch that was acknowledged last: its bytes, and how long the link took for them.
+/// What the stream measured of the epoch that was acknowledged last: its bytes, how long the link took for them, and when it was.
 #[derive(Debug, Default)]
-pub struct LinkMeter(Mutex<Option<(u64, Duration)>>);
+pub struct LinkMeter(Mutex<Option<(u64, Duration, Instant)>>);
 
 impl LinkMeter {
     /// An epoch was acknowledged.
     pub fn set(&self, bytes: u64, time: Duration) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((bytes, time));
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((bytes, time, Instant::now()));
     }
 
-    pub(crate) fn take(&self) -> Option<(u64, Duration)> {
+    pub(crate) fn take(&self) -> Option<(u64, Duration, Instant)> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -125,6 +125,8 @@ pub struct Recoder {
     reader: FrameReader,
     /// Of the last full epoch.
     layout: Option<Arc<MemoryLayout>>,
+    /// Frames of the epoch that went as they are, which the cache has yet to follow.
+    behind: Vec<Bytes>,
     builder: FrameBuilder,
     seen: Option<Seen>,
     epochs: u64,
@@ -139,8 +141,11 @@ pub struct Recoder {
 struct OpenEpoch {
     plan: Plan,
     kind: EpochKind,
+    /// When its first page came.
+    began: Option<Instant>,
     known: Work,
     fresh: Work,
+    zeros: Work,
     /// Of a trial: pages it is still made with. `None` if all are.
     trial: Option<u64>,
     /// Beside those: pages that went as they were.
@@ -152,9 +157,9 @@ struct OpenEpoch {
 
 impl OpenEpoch {
     fn new(plan: Plan, kind: EpochKind) -> Self {
-        let [known, fresh, rest] = [Work::default(); 3];
+        let [known, fresh, zeros, rest] = [Work::default(); 4];
         let (spent, pages) = Default::default();
-        Self { plan, kind, known, fresh, trial: None, rest, spent, raw_bytes: 0, pages }
+        Self { plan, kind, began: None, known, fresh, zeros, trial: None, rest, spent, raw_bytes: 0, pages }
     }
 }
 
@@ -172,6 +177,7 @@ impl Recoder {
             encoder: PageEncoder::new(),
             reader: FrameReader::new(),
             layout: None,
+            behind: Vec::new(),
             builder: FrameBuilder::new(),
             seen: None,
             epochs: 0,
@@ -202,9 +208,12 @@ impl Recoder {
         codecs: CodecSet,
         spare_cpus: f64,
     ) {
+        self.settle();
         let transfer = self.link.take();
         if let Some(seen) = self.seen.take() {
-            let seen = Seen { transfer, spare_cpus, ..seen };
+            let whole = transfer.zip(self.epoch.began).map(|((.., answered), began)| answered - began);
+            let transfer = transfer.map(|(bytes, time, _)| (bytes, time));
+            let seen = Seen { transfer, whole, spare_cpus, ..seen };
             self.epochs = self.epochs.wrapping_add(1);
             if let Some(change) = self.governor.step(&seen, codecs) {
                 tracing::info!(
@@ -241,24 +250,39 @@ impl Recoder {
         self.epoch = OpenEpoch { trial: trial.map(|(_, pages)| pages), ..OpenEpoch::new(plan, kind) };
     }
 
+    /// Has the cache follow what went as it is. It is done when the epoch is on its way, so that such an epoch takes no longer than
+    /// one that nobody looks at: it is what others are compared with.
+    pub fn settle(&mut self) {
+        let Self { cache, reader, layout: Some(layout), behind, .. } = self else { return };
+        if !behind.is_empty() {
+            // A frame that is no frame was said to be one when it came; the cache is not sealed, and forgets.
+            let followed = behind.drain(..).try_for_each(|frame| follow(&frame, layout, reader, cache));
+            if followed.is_ok() {
+                cache.seal();
+            }
+        }
+    }
+
     /// Takes a frame of raw and zero pages; gives frames that are ready.
     ///
     /// # Errors
     /// If the frame is not what a capture makes: a fault of ours.
     pub fn frame(&mut self, frame: Bytes, out: &mut Vec<Bytes>) -> Result<(), ProtocolError> {
-        let Self { cache, encoder, reader, builder, epoch, .. } = self;
+        let Self { cache, encoder, reader, builder, epoch, behind, .. } = self;
+        epoch.began.get_or_insert_with(Instant::now);
         epoch.raw_bytes += frame.len() as u64;
         let (Some(layout), false) = (&self.layout, epoch.plan == Plan::Raw) else {
-            let pages = frame.len().div_ceil(RECORD_HEADER_BYTES + PAGE_BYTES) as u64;
-            epoch.fresh.pages += pages;
+            epoch.fresh.pages += pages_of(&frame);
             epoch.fresh.bytes += frame.len() as u64;
             out.extend(builder.push_frame(frame, 0));
             return Ok(());
         };
         if epoch.trial == Some(0) {
-            let pages = pass(&frame, layout, reader, cache)?;
-            epoch.rest.pages += pages;
+            epoch.rest.pages += pages_of(&frame);
             epoch.rest.bytes += frame.len() as u64;
+            if epoch.plan.uses_cache() {
+                behind.push(frame.clone());
+            }
             out.extend(builder.push_frame(frame, 0));
             return Ok(());
         }
@@ -302,13 +326,16 @@ impl Recoder {
                     _ => *place = *content,
                 }
             }
-            let now = Instant::now();
-            if content.is_some() {
+            let class = if content.is_some() {
                 epoch.trial = epoch.trial.map(|left| left.saturating_sub(1));
-                class.pages += 1;
-                class.bytes += (RECORD_HEADER_BYTES + encoded.payload.len()) as u64;
-                class.time += now - before;
-            }
+                class
+            } else {
+                &mut epoch.zeros
+            };
+            let now = Instant::now();
+            class.pages += 1;
+            class.bytes += (RECORD_HEADER_BYTES + encoded.payload.len()) as u64;
+            class.time += now - before;
             before = now;
             Ok(())
         })
@@ -320,25 +347,31 @@ impl Recoder {
         let (last, totals) = builder.finish_again(raw.digest);
         let totals = FrameTotals { pages: raw.pages, ..totals };
         let epoch = &mut self.epoch;
-        if epoch.plan.uses_cache() {
+        if epoch.plan.uses_cache() && self.behind.is_empty() {
             self.cache.seal();
         }
         if epoch.plan == Plan::DeltaBatch {
             // What the batches saved is shared out by size.
-            let before = epoch.known.bytes + epoch.fresh.bytes;
+            let before = epoch.known.bytes + epoch.fresh.bytes + epoch.zeros.bytes;
             let sent = totals.frame_bytes.saturating_sub(epoch.rest.bytes);
-            for class in [&mut epoch.known, &mut epoch.fresh] {
+            for class in [&mut epoch.known, &mut epoch.fresh, &mut epoch.zeros] {
                 class.bytes = class.bytes.saturating_mul(sent).checked_div(before).unwrap_or(0);
             }
         }
         // A full copy tells of the link, but its pages are not what deltas are like.
-        let (known, fresh, rest) = match epoch.kind {
-            EpochKind::Delta => (epoch.known, epoch.fresh, epoch.rest),
+        if epoch.plan == Plan::Raw {
+            // Nobody has looked at them.
+            epoch.zeros.pages = raw.pages.saturating_sub(epoch.fresh.pages);
+            epoch.zeros.bytes = epoch.zeros.pages * RECORD_HEADER_BYTES as u64;
+        }
+        let [known, fresh, zeros, rest] = match epoch.kind {
+            EpochKind::Delta => [epoch.known, epoch.fresh, epoch.zeros, epoch.rest],
             EpochKind::Full => Default::default(),
         };
-        let threads = epoch.spent.threads(epoch.known.time + epoch.fresh.time);
+        let threads = epoch.spent.threads(epoch.known.time + epoch.fresh.time + epoch.zeros.time);
+        let (plan, spare_cpus) = (epoch.plan, 0.0);
         self.seen =
-            Some(Seen { plan: epoch.plan, known, fresh, rest, threads, transfer: None, spare_cpus: 0.0 });
+            Some(Seen { plan, known, fresh, zeros, rest, threads, transfer: None, whole: None, spare_cpus });
         let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
         if counters.plan.is_empty() {
             counters.plan = self.governor.plan().name();
@@ -352,24 +385,25 @@ impl Recoder {
     }
 }
 
-/// A frame goes as it is: the cache follows where it holds one of its pages. Gives the number of pages with content.
-fn pass(
+/// About how many pages with content a frame of raw pages has.
+fn pages_of(frame: &Bytes) -> u64 {
+    frame.len().div_ceil(RECORD_HEADER_BYTES + PAGE_BYTES) as u64
+}
+
+/// A frame went as it is: the cache follows where it holds one of its pages.
+fn follow(
     frame: &Bytes,
     layout: &Arc<MemoryLayout>,
     reader: &mut FrameReader,
     cache: &mut PageCache,
-) -> Result<u64, ProtocolError> {
-    let mut pages = 0;
+) -> Result<(), ProtocolError> {
     reader.read(frame, layout, |record| {
-        let held = cache.held(record.block, record.page);
-        pages += u64::from(record.codec == Codec::Raw);
-        if let Some(held) = held {
+        if let Some(held) = cache.held(record.block, record.page) {
             // A page of zeros has no content.
             *held = record.payload.try_into().unwrap_or([0; PAGE_BYTES]);
         }
         Ok(())
-    })?;
-    Ok(pages)
+    })
 }
 
 #[cfg(test)]

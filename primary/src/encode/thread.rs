@@ -104,6 +104,7 @@ fn encode(recoder: &mut Recoder, job: &mut Job, spare_cpus: f64) -> Result<(), S
     recoder.begin(job.generation, job.epoch, job.kind, job.codecs, spare_cpus);
     let (mut ready, mut frames, mut behind) = (Vec::new(), Vec::new(), None);
     while let Some(part) = behind.take().or_else(|| job.from.blocking_recv()) {
+        let is_last = matches!(part, Part::End { .. });
         let last = match part {
             Part::Seed(seed) => {
                 recoder.layout(&seed.layout);
@@ -134,6 +135,9 @@ fn encode(recoder: &mut Recoder, job: &mut Job, spare_cpus: f64) -> Result<(), S
             if job.to.blocking_send(part).is_err() {
                 return Ok(());
             }
+        }
+        if is_last {
+            recoder.settle();
         }
     }
     Ok(())

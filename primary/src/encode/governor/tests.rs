@@ -10,8 +10,10 @@ const BOTH: CodecSet = CodecSet { xbzrle: true, lz4: true };
 #[derive(Debug, Clone)]
 struct World {
     pages: u64,
+    zeros: u64,
     known_share: f64,
-    costs: [[Cost; 2]; 5],
+    costs: [[Cost; 3]; 5],
+    backup: [f64; 5],
     link_bytes_per_second: f64,
     spare_cpus: f64,
     /// Threads that may work on pages, and how many do at a time.
@@ -44,23 +46,26 @@ impl World {
         let known = if plan.uses_cache() { self.known_share } else { 0.0 };
         let (known, fresh) = (self.work(plan, 0, pages * known), self.work(plan, 1, pages * (1.0 - known)));
         let rest = self.work(Plan::Raw, 1, self.pages as f64 - pages);
-        let bytes = known.bytes + fresh.bytes + rest.bytes;
-        let seconds = self.noisy(100e-6 + bytes as f64 / self.link_bytes_per_second);
+        let zeros = self.work(plan, 2, if rest.pages > 0 { 0.0 } else { self.zeros as f64 });
+        let bytes = known.bytes + fresh.bytes + zeros.bytes + rest.bytes;
+        let backup = self.backup[plan as usize] * (pages + zeros.pages as f64);
+        let seconds = self.noisy(100e-6 + bytes as f64 / self.link_bytes_per_second + backup);
         let transfer = Some((bytes, Duration::from_secs_f64(seconds)));
-        Seen { plan, known, fresh, rest, threads: self.threads, transfer, spare_cpus: self.spare_cpus }
+        let whole = self.seconds(if pages > 0.0 { plan } else { Plan::Raw });
+        let whole = Some(Duration::from_secs_f64(self.noisy(whole)));
+        let (threads, spare_cpus) = (self.threads, self.spare_cpus);
+        Seen { plan, known, fresh, zeros, rest, threads, transfer, whole, spare_cpus }
     }
 
     /// What an epoch really takes.
     fn seconds(&self, plan: Plan) -> f64 {
         let truth = Governor {
             costs: self.costs,
+            extra: self.backup,
             pages: self.pages as f64,
+            zeros: self.zeros as f64,
             known_share: self.known_share,
-            link: Link {
-                seconds_per_byte: 1.0 / self.link_bytes_per_second,
-                delay_seconds: 100e-6,
-                ..Link::default()
-            },
+            link: Link::new(1.0 / self.link_bytes_per_second, 100e-6),
             spare_cpus: self.spare_cpus,
             threads: self.threads,
             ..Governor::new()
@@ -80,18 +85,19 @@ impl World {
 
 fn world() -> impl Strategy<Value = World> {
     let factor = || 0.3f64..3.0;
-    let costs = prop::array::uniform5(prop::array::uniform2((factor(), 0.2f64..1.8)));
+    let costs = prop::array::uniform5(prop::array::uniform3((factor(), 0.2f64..1.8)));
     let link = prop_oneof![Just(125e6), Just(1.25e9), Just(5e9), Just(1e12), 1e6f64..1e10];
     // More threads than one: how many really work at a time may be fewer than one.
     let threads = prop_oneof![
         Just((1, 1.0)),
         (2usize..5, 0.1f64..1.0).prop_map(|(most, part)| (most, most as f64 * part))
     ];
-    (20u64..20_000, 0.0f64..1.0, costs, link, (0.0f64..2.0, threads), any::<u64>()).prop_map(
+    let pages = (20u64..20_000, prop_oneof![Just(0), 0u64..5_000]);
+    (pages, 0.0f64..1.0, (costs, factor()), link, (0.0f64..2.0, threads), any::<u64>()).prop_map(
         |(
-            pages,
+            (pages, zeros),
             known_share,
-            factors,
+            (factors, backup),
             link_bytes_per_second,
             (spare_cpus, (max_threads, threads)),
             random,
@@ -106,8 +112,10 @@ fn world() -> impl Strategy<Value = World> {
             let noise = 0.05;
             World {
                 pages,
+                zeros,
                 known_share,
                 costs,
+                backup: USUAL_EXTRA.map(|usual| usual * backup),
                 link_bytes_per_second,
                 spare_cpus,
                 max_threads,
@@ -122,8 +130,10 @@ fn world() -> impl Strategy<Value = World> {
 fn usual() -> World {
     World {
         pages: 1000,
+        zeros: 0,
         known_share: 0.8,
         costs: USUAL,
+        backup: USUAL_EXTRA,
         link_bytes_per_second: 125e6,
         spare_cpus: 1.0,
         max_threads: 1,
@@ -170,7 +180,9 @@ proptest! {
             });
             let transfer = transfer.map(|(bytes, nanos)| (bytes, Duration::from_nanos(nanos)));
             let plan = governor.trial().map_or(governor.plan(), |(plan, _)| plan);
-            let seen = Seen { plan, known, fresh, rest: known, threads, transfer, spare_cpus };
+            let whole = transfer.map(|(_, time)| time * 2);
+            let rest = if threads > 2.0 { Work::default() } else { known };
+            let seen = Seen { plan, known, fresh, zeros: fresh, rest, threads, transfer, whole, spare_cpus };
             let codecs = CodecSet { xbzrle, lz4 };
             governor.step(&seen, codecs);
             prop_assert!(governor.plan().is_allowed(codecs));
@@ -231,10 +243,57 @@ fn a_slow_link_is_compressed_for_and_a_fast_one_is_not() {
 }
 
 #[test]
+fn a_backup_that_is_slow_to_decode_is_not_taken_for_a_slow_link() {
+    for backup in [0.7e-6, 1e-6, 3e-6, 10e-6] {
+        let mut world =
+            World { backup: USUAL_EXTRA.map(|usual| if usual > 0.0 { backup } else { 0.0 }), ..usual() };
+        let mut governor = Governor::new();
+        world.run(&mut governor, 100);
+        assert!(governor.plan().uses_cache(), "{:?}", governor.plan());
+        // The link is no limit any more: what is left of the time is the backup's.
+        world.link_bytes_per_second = 4e9;
+        world.run(&mut governor, 300);
+        assert_eq!(governor.plan(), Plan::Raw, "{backup}");
+        let times = Plan::ALL.map(|plan| world.seconds(plan));
+        assert!(times[1..].iter().all(|time| *time > times[0]), "the test is wrong: {times:?}");
+    }
+}
+
+#[test]
+fn a_link_that_becomes_slower_or_faster_is_found_out_while_pages_are_encoded() {
+    for (from, to) in [(125e6, 12.5e6), (12.5e6, 125e6), (125e6, 70e6), (70e6, 125e6)] {
+        let (mut world, mut governor) = (World { link_bytes_per_second: from, ..usual() }, Governor::new());
+        world.run(&mut governor, 100);
+        assert!(governor.plan().uses_cache(), "{:?}", governor.plan());
+        world.link_bytes_per_second = to;
+        world.run(&mut governor, 2 * PROBE);
+        let known = governor.link_bytes_per_second().unwrap();
+        assert!((known / to - 1.0).abs() < 0.3, "{from} to {to}: {known}");
+        assert!(world.seconds(governor.plan()) < world.best_seconds() * 1.15, "{:?}", governor.plan());
+    }
+}
+
+#[test]
+fn pages_of_zeros_cost_too() {
+    // An epoch of 50 pages and a thousand of zeros, on a link that is none too fast: what the cache makes of zeros is more than
+    // it saves.
+    let mut world = World { pages: 200, zeros: 5000, link_bytes_per_second: 1.25e9, noise: 0.0, ..usual() };
+    for (cost, usual) in world.costs.iter_mut().zip(USUAL).skip(1) {
+        cost[2].nanos = usual[2].nanos * 2.0;
+    }
+    let mut governor = Governor::new();
+    world.run(&mut governor, 300);
+    assert_eq!(governor.plan(), Plan::Raw);
+    let without = World { zeros: 0, ..world.clone() };
+    assert!(without.seconds(Plan::Delta) < without.seconds(Plan::Raw), "the test is wrong");
+}
+
+#[test]
 fn no_spare_cpu_makes_work_dear() {
     let mut world = World {
-        link_bytes_per_second: 2e9,
-        costs: [[Cost { nanos: 1500.0, bytes: 2000.0 }; 2]; 5],
+        pages: 4000,
+        link_bytes_per_second: 1.5e9,
+        costs: [[Cost { nanos: 1500.0, bytes: 2000.0 }; 3]; 5],
         ..usual()
     };
     world.costs[0] = USUAL[0];
@@ -250,7 +309,7 @@ fn no_spare_cpu_makes_work_dear() {
 fn more_threads_pay_where_one_does_not_and_only_while_they_work() {
     // 10 Gbit/s carries a raw page faster than one thread makes an LZ4 block of it, and slower than four do.
     let (lz4, dear) = (Cost { nanos: 4000.0, bytes: 1000.0 }, Cost { nanos: 9000.0, bytes: 3000.0 });
-    let costs = [[USUAL[0][0]; 2], [lz4; 2], [dear; 2], [dear; 2], [dear; 2]];
+    let costs = [[USUAL[0][0]; 3], [lz4; 3], [dear; 3], [dear; 3], [dear; 3]];
     let world = World { costs, link_bytes_per_second: 1.25e9, spare_cpus: 4.0, noise: 0.0, ..usual() };
     let mut one = Governor::new();
     world.clone().run(&mut one, 300);

@@ -22,16 +22,17 @@ type Mode = (&'static str, Option<(u64, u64)>);
 /// As an agent that is told nothing has it, in ms.
 const FLOOR: u64 = 2;
 
-const MODES: [Mode; 5] = [
+const MODES: [Mode; 6] = [
     ("unprotected", None),
     ("fixed 25 ms", Some((25, 25))),
     ("fixed 100 ms", Some((100, 100))),
     ("by output, 25 ms", Some((25, FLOOR))),
+    ("by output, 50 ms", Some((50, FLOOR))),
     ("by output, 100 ms", Some((100, FLOOR))),
 ];
 const UNPROTECTED: usize = 0;
 const FIXED: usize = 1;
-const BY_OUTPUT: [usize; 2] = [3, 4];
+const BY_OUTPUT: [usize; 3] = [3, 4, 5];
 
 /// How requests follow each other: a name, and from when to when after an answer the next one is made, in ms.
 const PATTERNS: [(&str, (u64, u64)); 2] = [("at once", (0, 0)), ("after 50 to 150 ms", (50, 150))];
