@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use tracing::warn;
 use understudy_libvirt::domain_xml::DomainFacts;
 use understudy_libvirt::preflight::{self, Backup, Inputs, Refusal};
 use understudy_libvirt::{Connection, Domain, LibvirtError, Monitor};
@@ -300,6 +301,14 @@ fn gateable(facts: &DomainFacts) -> Result<(), Failure> {
 fn output(agent: &Agent, wanted: &ProtectedGuest, facts: &DomainFacts) -> Output {
     if wanted.ungated {
         return Output::Ungated;
+    }
+    for device in egress::by_vhost(facts) {
+        warn!(
+            domain = facts.name,
+            device,
+            "vhost-net serves it: QEMU throws away a frame for the guest at every stop in which one arrives; give the interface \
+             <driver name='qemu'/>"
+        );
     }
     let ports = egress::ports(facts);
     let name = facts.name.clone();

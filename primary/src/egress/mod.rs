@@ -23,7 +23,7 @@ use std::time::Duration;
 pub use engine::{GateEngine, Op, Sealing, State};
 pub use keeper::{Keeper, SharedKeeper};
 pub use kernel::NetlinkGate;
-pub use port::{Port, PortRefusal, gate_device, ports};
+pub use port::{Port, PortRefusal, by_vhost, gate_device, ports};
 pub use watch::Watch;
 
 /// How long released frames may take to leave.

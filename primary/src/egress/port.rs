@@ -54,6 +54,16 @@ pub fn ports(facts: &DomainFacts) -> Result<Vec<Port>, Vec<PortRefusal>> {
     if refusals.is_empty() { Ok(found) } else { Err(refusals) }
 }
 
+/// The devices that vhost-net serves, as far as the domain's XML tells: libvirt has it do so wherever it can and was not told
+/// otherwise.
+pub fn by_vhost(facts: &DomainFacts) -> Vec<&str> {
+    let virtio = |interface: &&Interface| {
+        interface.model.as_deref().is_some_and(|model| model.starts_with("virtio"))
+            && interface.driver.as_deref() != Some("qemu")
+    };
+    facts.interfaces.iter().filter(virtio).filter_map(|interface| interface.target.as_deref()).collect()
+}
+
 fn port(interface: &Interface) -> Result<Port, String> {
     match interface.kind.as_str() {
         "bridge" | "network" | "ethernet" | "direct" => {}
@@ -87,6 +97,18 @@ mod tests {
         let interface =
             Interface { kind: kind.into(), target: target.map(Into::into), ..Interface::default() };
         DomainFacts { name: "web".into(), interfaces: vec![interface], ..DomainFacts::default() }
+    }
+
+    #[test]
+    fn vhost_serves_virtio_unless_told_otherwise() {
+        let with = |model: Option<&str>, driver: Option<&str>| {
+            let mut facts = facts("bridge", Some("vnet3"));
+            facts.interfaces[0].model = model.map(Into::into);
+            facts.interfaces[0].driver = driver.map(Into::into);
+            !by_vhost(&facts).is_empty()
+        };
+        assert!(with(Some("virtio"), None) && with(Some("virtio-transitional"), Some("vhost")));
+        assert!(!with(Some("virtio"), Some("qemu")) && !with(Some("e1000"), None) && !with(None, None));
     }
 
     #[test]

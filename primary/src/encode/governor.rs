@@ -43,7 +43,7 @@ pub const MIN_GAIN_OF_RAW: f64 = 0.8;
 
 /// Nor is it worth a change, in seconds, where it saves less: so much of a link's delay may be taken for slowness, as
 /// epochs of one size do not tell the two apart, and so much is lost again by trials.
-const MIN_SAVING: f64 = 400e-6;
+const MIN_SAVING: f64 = 500e-6;
 
 /// Weight of a new value in a moving average.
 const WEIGHT: f64 = 0.2;
@@ -64,8 +64,11 @@ const WARM_UP: u32 = 6;
 /// Epochs of a trial: those in which its cache fills, and some that tell.
 const TRIAL: u32 = WARM_UP + 6;
 
-/// One page of so many takes part in it.
+/// One page of so many takes part in it,
 const TRIAL_PART: u64 = 16;
+
+/// or fewer, so that it is predicted to make an epoch longer by no more than this part.
+const TRIAL_LOSS: f64 = 0.03;
 
 /// Under another plan than raw one epoch of so many is sent raw.
 const PROBE: u32 = 256;
@@ -305,7 +308,15 @@ impl Governor {
         if self.probes > 0 {
             return Some((self.plan, 0));
         }
-        self.trial.map(|(plan, _)| (plan, (self.last_pages / TRIAL_PART).max(1)))
+        self.trial.map(|(plan, _)| (plan, self.trial_pages(plan)))
+    }
+
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
+    fn trial_pages(&self, plan: Plan) -> u64 {
+        let [known, fresh, _] = self.costs[plan as usize];
+        let dearest = known.nanos.max(fresh.nanos).max(1.0) / 1e9;
+        let most = TRIAL_LOSS * self.predicted_seconds(Plan::Raw) / dearest;
+        (self.last_pages / TRIAL_PART).min(most as u64).max(1)
     }
 
     /// The plan that is looked at.

@@ -82,13 +82,14 @@ fn rows(
     let rounds = if limit.is_some() { LIMITED_ROUNDS } else { ROUNDS };
     let mut times: [Vec<f64>; 3] = Default::default();
     let mut early: [Vec<f64>; 3] = Default::default();
-    let [mut settled, mut learning, mut noise, mut plans] = [(); 4].map(|()| Vec::new());
+    let [mut settled, mut learning, mut noise, mut early_noise, mut plans] = [(); 5].map(|()| Vec::new());
     for round in 0..rounds {
         let all = measure(trace, limit, LEARNING + epochs, round)?;
         let part = |kind: usize| all.times[kind].split_at(LEARNING);
         settled.push(ratio(part(GOVERNED).1, part(RAW).1));
         learning.push(ratio(part(GOVERNED).0, part(RAW).0));
         noise.push(ratio(part(AGAIN).1, part(RAW).1));
+        early_noise.push(ratio(part(AGAIN).0, part(RAW).0));
         plans.push(f64::from(all.plan));
         for kind in [RAW, AGAIN, GOVERNED] {
             early[kind].extend(part(kind).0);
@@ -102,6 +103,7 @@ fn rows(
     report.row(name, "raw", "ms", raw);
     report.row(name, "understudy", "ms", governed);
     report.row(name, "understudy, plan", "index", plans);
+    report.row(name, "raw / raw, learning", "ratio", early_noise);
     Ok(Ratios {
         learning: report.row(name, "understudy / raw, learning", "ratio", learning),
         settled: report.row(name, "understudy / raw", "ratio", settled),

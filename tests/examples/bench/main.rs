@@ -84,6 +84,9 @@ enum Bench {
         /// Only the second thread
         #[arg(long)]
         threads_only: bool,
+        /// Recorded traces
+        #[arg(long, default_value = "tests/traces")]
+        traces: PathBuf,
     },
     /// Bytes of recorded and generated epochs on the wire, by plan
     Wire {
@@ -139,7 +142,7 @@ fn main() -> anyhow::Result<()> {
         }
         Bench::Slowdown { seconds, pages, mib } => slowdown::run(seconds, pages, mib)?,
         Bench::Autopilot { seconds, pages, mib } => autopilot::run(seconds, &pages, mib)?,
-        Bench::Codec { rounds, threads_only } => codec::run(rounds, threads_only)?,
+        Bench::Codec { rounds, threads_only, traces } => codec::run(rounds, threads_only, &traces)?,
         Bench::Wire { epochs, traces } => wire::run(epochs, &traces)?,
         Bench::Record(order) => return record::run(&order),
         Bench::Governor { epochs } => governor::run(epochs)?,

@@ -29,7 +29,7 @@ const RECORDED_WARM_UP: u64 = 4;
 const CODECS: CodecSet = CodecSet { xbzrle: true, lz4: true };
 
 /// What is recorded, and the part of raw that it may take at most.
-const RECORDED: [(&str, Option<f64>); 5] = [
+pub(crate) const RECORDED: [(&str, Option<f64>); 5] = [
     ("idle", Some(1.0 / 20.0)),
     ("redis", Some(1.0 / 6.0)),
     ("sqlite", Some(1.0 / 6.0)),
