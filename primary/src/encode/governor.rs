@@ -21,16 +21,16 @@
 //! epochs that doubles with every change and halves with quiet ones. From raw, a plan is first tried with a part of the
 //! pages of a few epochs: what is usual may be far from what this guest, host and link are like.
 
+mod learn;
 mod link;
-
-use std::time::Duration;
+mod plan;
 
 use understudy_proto::codec::CodecSet;
-use understudy_proto::frame::RECORD_HEADER_BYTES;
 use understudy_proto::limits::FRAME_TARGET_BYTES;
-use understudy_proto::units::PAGE_BYTES;
 
-use link::{Link, is_unusual};
+use link::Link;
+pub use plan::{Change, Plan, Seen, Work};
+use plan::{Cost, USUAL, USUAL_EXTRA, USUAL_KNOWN};
 
 /// A plan predicted to take more than this, relative to raw, is left at once.
 pub const MAX_LOSS: f64 = 1.05;
@@ -87,128 +87,6 @@ const KNOWN_EXTRA: u32 = 3;
 
 /// Bytes a second that no link has: nothing was seen that would have told its speed.
 const UNFELT: f64 = 1e12;
-
-/// How an epoch is encoded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Plan {
-    /// As captured. No cache is kept.
-    Raw,
-    /// Pages as LZ4 blocks. No cache is kept.
-    Lz4,
-    /// Known pages by reference, the others raw.
-    Delta,
-    /// Known pages by reference, the others as LZ4 blocks.
-    DeltaLz4,
-    /// Known pages by reference, the others raw, all of it in LZ4 batches.
-    DeltaBatch,
-}
-
-impl Plan {
-    /// All plans.
-    pub const ALL: [Self; 5] = [Self::Raw, Self::Lz4, Self::Delta, Self::DeltaLz4, Self::DeltaBatch];
-
-    /// Whether known pages are sent by reference.
-    pub fn uses_cache(self) -> bool {
-        matches!(self, Self::Delta | Self::DeltaLz4 | Self::DeltaBatch)
-    }
-
-    /// Whether pages are sent as LZ4 blocks.
-    pub fn compresses_pages(self) -> bool {
-        matches!(self, Self::Lz4 | Self::DeltaLz4)
-    }
-
-    /// Whether both sides can do it.
-    pub fn is_allowed(self, codecs: CodecSet) -> bool {
-        let lz4 = matches!(self, Self::Lz4 | Self::DeltaLz4 | Self::DeltaBatch);
-        (codecs.xbzrle || !self.uses_cache()) && (codecs.lz4 || !lz4)
-    }
-
-    /// Its name in logs and status.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Lz4 => "lz4",
-            Self::Delta => "xbzrle",
-            Self::DeltaLz4 => "xbzrle, else lz4",
-            Self::DeltaBatch => "xbzrle in lz4 batches",
-        }
-    }
-}
-
-/// Pages of a class, what they became and what that took.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Work {
-    /// Pages.
-    pub pages: u64,
-    /// Bytes of their records.
-    pub bytes: u64,
-    /// Time spent on them, by all threads together.
-    pub time: Duration,
-}
-
-/// An epoch as it was.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Seen {
-    /// How it was encoded.
-    pub plan: Plan,
-    /// Pages that were in the cache.
-    pub known: Work,
-    /// All others but those of zeros.
-    pub fresh: Work,
-    /// Pages of zeros.
-    pub zeros: Work,
-    /// Beside a trial of the plan: pages that went as they were, those of zeros not among them.
-    pub rest: Work,
-    /// How many threads worked on pages at a time.
-    pub threads: f64,
-    /// Bytes sent and how long the link took for them, until the answer; `None` if that is not known.
-    pub transfer: Option<(u64, Duration)>,
-    /// From the first page to the answer.
-    pub whole: Option<Duration>,
-    /// CPUs of the host that had nothing to do.
-    pub spare_cpus: f64,
-}
-
-/// A change of plan.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Change {
-    /// Before.
-    pub from: Plan,
-    /// From now on.
-    pub to: Plan,
-    /// Why, for the log and the status.
-    pub reason: String,
-}
-
-/// A page's cost, on average.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Cost {
-    nanos: f64,
-    bytes: f64,
-}
-
-const RECORD: f64 = (RECORD_HEADER_BYTES + PAGE_BYTES) as f64;
-
-/// What pages cost usually: known ones, others, zeros. Measured with the crate's own encoder; see docs/PERFORMANCE.md.
-const USUAL: [[Cost; 3]; 5] = {
-    const fn cost(nanos: f64, share: f64) -> Cost {
-        Cost { nanos, bytes: RECORD * share }
-    }
-    const HEADER: f64 = RECORD_HEADER_BYTES as f64 / RECORD;
-    [
-        [cost(60.0, 1.0), cost(60.0, 1.0), cost(0.0, HEADER)],
-        [cost(5000.0, 0.55), cost(5000.0, 0.55), cost(50.0, HEADER)],
-        [cost(900.0, 0.25), cost(500.0, 1.0), cost(400.0, HEADER)],
-        [cost(1700.0, 0.22), cost(5400.0, 0.55), cost(400.0, HEADER)],
-        [cost(1900.0, 0.18), cost(5200.0, 0.55), cost(400.0, HEADER)],
-    ]
-};
-
-/// Seconds that an epoch usually takes beyond what its parts let expect, for each page.
-const USUAL_EXTRA: [f64; 5] = [0.0, 0.5e-6, 0.2e-6, 0.4e-6, 0.3e-6];
-
-/// Usual share of known pages.
-const USUAL_KNOWN: f64 = 0.7;
 
 /// The governor of one guest's encoding.
 #[derive(Debug, Clone)]
@@ -449,114 +327,6 @@ impl Governor {
         let together = passed.max(send) + passed.min(send) / frames;
         let free = self.spare_cpus.clamp(0.0, 1.0);
         free * together + (1.0 - free) * (encode + send) + self.link.delay_seconds
-    }
-
-    fn learn(&mut self, seen: &Seen) {
-        let encoded = (seen.known.pages + seen.fresh.pages) as f64;
-        let pages = seen.known.pages + seen.fresh.pages + seen.rest.pages;
-        // In a part of an epoch not all pages of zeros are counted.
-        let is_whole = seen.rest.pages == 0;
-        if pages > 0 {
-            self.last_pages = pages;
-        }
-        if pages > 0 || seen.zeros.pages > 0 {
-            average(&mut self.pages, pages as f64);
-            let zeros = if is_whole { seen.zeros.pages as f64 } else { self.zeros };
-            average(&mut self.zeros, zeros);
-        }
-        let active = self.active();
-        if active.uses_cache() && !seen.plan.uses_cache() {
-            // A full copy has emptied the cache.
-            self.warm_up = WARM_UP;
-        }
-        average(&mut self.spare_cpus, seen.spare_cpus);
-        // Raw says nothing of it.
-        let threads = if seen.plan == Plan::Raw { self.spare_cpus } else { seen.threads };
-        let least = if seen.plan == Plan::Raw { 1.0 } else { 1.0 / MAX_JUMP };
-        average(&mut self.threads, threads.clamp(least, self.max_threads));
-        if let Some((bytes, time)) = seen.transfer {
-            self.learn_transfer(seen, bytes as f64, time.as_secs_f64());
-        }
-        let used = seen.plan as usize;
-        for (class, work) in [seen.known, seen.fresh, seen.zeros].iter().enumerate() {
-            if work.pages == 0 {
-                continue;
-            }
-            let cost = &mut self.costs[used][class];
-            let nanos = work.time.as_nanos() as f64 / work.pages as f64;
-            let most = cost.nanos * MAX_JUMP;
-            average(&mut cost.nanos, nanos.min(most));
-            // What is usual gives way to the first epochs at once: sizes have no hiccups, and a plan that does not pay is left
-            // after a few.
-            let mut weight = WEIGHT;
-            if seen.plan == active {
-                self.tried[class] = self.tried[class].saturating_add(1);
-                weight = weight.max(1.0 / f64::from(self.tried[class]));
-            }
-            cost.bytes += (work.bytes as f64 / work.pages as f64 - cost.bytes) * weight;
-        }
-        if seen.plan.uses_cache() && encoded > 0.0 {
-            if self.warm_up > 0 {
-                self.warm_up -= 1;
-            } else {
-                average(&mut self.known_share, seen.known.pages as f64 / encoded);
-            }
-        }
-        if !seen.plan.uses_cache() {
-            self.known_share += (USUAL_KNOWN - self.known_share) * DRIFT;
-        }
-        for plan in Plan::ALL.into_iter().filter(|plan| *plan != seen.plan) {
-            let extra = &mut self.extra[plan as usize];
-            *extra += (USUAL_EXTRA[plan as usize] - *extra) * DRIFT;
-            for (usual, cost) in USUAL[plan as usize].iter().zip(&mut self.costs[plan as usize]) {
-                cost.nanos += (usual.nanos - cost.nanos) * DRIFT;
-                cost.bytes += (usual.bytes - cost.bytes) * DRIFT;
-            }
-        }
-    }
-
-    /// An epoch's way to the backup and back.
-    fn learn_transfer(&mut self, seen: &Seen, bytes: f64, seconds: f64) {
-        let encoded = seen.known.pages + seen.fresh.pages;
-        let is_probe = self.probes > 0 && seen.plan == self.plan && encoded == 0 && seen.rest.pages > 0;
-        let plan = if is_probe { Plan::Raw } else { seen.plan };
-        if plan == Plan::Raw {
-            self.link.learn(bytes, seconds, is_probe);
-        }
-        let pages = if is_probe { seen.rest.pages } else { encoded + seen.zeros.pages } as f64;
-        let whole = seen.whole.filter(|_| pages > 0.0 && (is_probe || seen.rest.pages == 0));
-        // Else a full copy, or a trial: too little was encoded to tell it from the rest.
-        let Some(whole) = whole.map(|whole| whole.as_secs_f64()) else { return };
-        let work = [seen.known, seen.fresh, seen.zeros];
-        let encode = match plan {
-            Plan::Raw => pages * USUAL[Plan::Raw as usize][1].nanos / 1e9,
-            _ => work.iter().map(|work| work.time.as_secs_f64()).sum(),
-        };
-        let expected = self.expected(plan, encode, bytes);
-        let extra = &mut self.extra[plan as usize];
-        if is_probe {
-            self.probes -= 1;
-            // The link may be another now, and the plan take another time.
-            self.extra_known = 0;
-            let most = expected * MAX_JUMP;
-            *extra += ((whole.min(most) - expected) / pages - *extra) * PROBE_WEIGHT;
-            return;
-        }
-        let known = self.extra_known >= KNOWN_EXTRA;
-        if known && is_unusual(whole, (expected + *extra * pages).max(0.0)) {
-            // One is a hiccup. With the next, the link or something else is another.
-            if std::mem::replace(&mut self.was_unusual, true) {
-                (self.probes, self.extra_known) = (u32::from(self.plan != Plan::Raw), 0);
-            }
-            return;
-        }
-        self.was_unusual = false;
-        self.extra_known = self.extra_known.saturating_add(1);
-        let weight = WEIGHT.max(1.0 / f64::from(self.extra_known));
-        *extra += ((whole - expected) / pages - *extra) * weight;
-        if plan != Plan::Raw {
-            self.link.at_most(bytes, seconds);
-        }
     }
 }
 

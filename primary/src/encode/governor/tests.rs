@@ -1,7 +1,10 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small and positive")]
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 
+use super::plan::RECORD;
 use super::*;
 
 const BOTH: CodecSet = CodecSet { xbzrle: true, lz4: true };
