@@ -30,6 +30,9 @@ use cache::{CacheCounters, Known, PageCache};
 use governor::{Governor, Plan, Seen, Work};
 use group::{Crew, Spent};
 
+/// Frames that the cache may be behind: what they take is held twice.
+const BEHIND_FRAMES: usize = 64;
+
 /// How often the status hears why a plan stays.
 const OUTLOOK_EPOCHS: u64 = 64;
 
@@ -253,9 +256,13 @@ impl Recoder {
     /// Has the cache follow what went as it is. It is done when the epoch is on its way, so that such an epoch takes no longer than
     /// one that nobody looks at: it is what others are compared with.
     pub fn settle(&mut self) {
-        let Self { cache, reader, layout: Some(layout), behind, .. } = self else { return };
+        let Self { cache, reader, layout: Some(layout), behind, seen, .. } = self else { return };
+        if seen.is_none() {
+            // The epoch was given up before its end: the cache is not sealed, and forgets.
+            behind.clear();
+        }
         if !behind.is_empty() {
-            // A frame that is no frame was said to be one when it came; the cache is not sealed, and forgets.
+            // The same if what was said to be a frame is none.
             let followed = behind.drain(..).try_for_each(|frame| follow(&frame, layout, reader, cache));
             if followed.is_ok() {
                 cache.seal();
@@ -282,6 +289,9 @@ impl Recoder {
             epoch.rest.bytes += frame.len() as u64;
             if epoch.plan.uses_cache() {
                 behind.push(frame.clone());
+                if behind.len() > BEHIND_FRAMES {
+                    behind.drain(..).try_for_each(|frame| follow(&frame, layout, reader, cache))?;
+                }
             }
             out.extend(builder.push_frame(frame, 0));
             return Ok(());

@@ -206,6 +206,31 @@ fn what_is_rewritten_shrinks_and_is_counted() {
 }
 
 #[test]
+fn an_epoch_that_is_given_up_half_way_leaves_nothing_known() {
+    let pages: Pages = (0..200).map(|at| page(at, 7, 1)).collect();
+    let hits_after = |is_given_up: bool| {
+        // The first frame is tried, the others go as they are.
+        let mut guest = Guest::new(Governor::trying(Plan::Delta));
+        (0..2).for_each(|_| drop(guest.epoch(EpochKind::Delta, ALL, &pages)));
+        if is_given_up {
+            guest.number += 1;
+            guest.recoder.begin(Generation(1), EpochId(guest.number), EpochKind::Delta, ALL, 1.0);
+            let (mut raw, mut frames) = (FrameBuilder::new(), vec![]);
+            for (page, content) in &pages {
+                let frame = raw.push(BlockIndex(0), PageIndex::new(*page), Some(content));
+                frame.into_iter().for_each(|frame| guest.recoder.frame(frame, &mut frames).unwrap());
+            }
+            assert!(!guest.recoder.behind.is_empty());
+        }
+        let before = guest.recoder.cache.counters().hits;
+        guest.epoch(EpochKind::Delta, ALL, &pages);
+        guest.recoder.cache.counters().hits - before
+    };
+    assert!(hits_after(false) > 0);
+    assert_eq!(hits_after(true), 0);
+}
+
+#[test]
 fn raw_epochs_pass_untouched() {
     let mut guest = Guest::new(Governor::new());
     let pages = (0..200).map(|at| page(at, 7, 3)).collect();
