@@ -14,6 +14,7 @@ const FRAME_BYTES: usize = 2048;
 /// Hears from now on, on a thread of its own.
 pub(crate) fn start(memory: &Arc<Mutex<Memory>>) -> io::Result<()> {
     let socket = PacketSocket::open(None, Hears::Questions)?;
+    socket.take_every_vlan();
     let memory = Arc::clone(memory);
     std::thread::spawn(move || {
         let mut bytes = [0; FRAME_BYTES];

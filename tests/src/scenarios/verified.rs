@@ -39,7 +39,7 @@ const BEFORE: Duration = Duration::from_secs(4);
 const ON_THE_WAY: Duration = Duration::from_millis(500);
 
 /// Frames of a guest that show that it is being asked and answers.
-const ANSWERS: usize = 30;
+const ANSWERS: usize = 60;
 
 /// The guest is cut off from the backup and, while it says what nobody commits, from power.
 fn sound(lab: &Lab) -> Result<()> {
