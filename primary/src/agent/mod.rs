@@ -245,10 +245,9 @@ impl Agent {
     pub async fn find(self: &Arc<Self>, key: &str) -> Result<GuestId, Failure> {
         let known = |key: &str| {
             let (guests, uuid) = (self.lock(), key.parse::<uuid::Uuid>().ok().map(GuestId));
-            guests
-                .values()
-                .find(|e| e.wanted.name == key || Some(e.wanted.guest) == uuid)
-                .map(|e| e.wanted.guest)
+            let called = guests.values().filter(|e| e.wanted.name == key || Some(e.wanted.guest) == uuid);
+            // A domain that was defined anew has the name of one whose protection is over.
+            called.min_by_key(|e| e.is_over()).map(|e| e.wanted.guest)
         };
         if let Some(guest) = known(key) {
             return Ok(guest);
