@@ -271,7 +271,7 @@ fn account(
     }
     let each = in_order / u32::try_from(pages.len()).unwrap_or(u32::MAX);
     let each_byte = compressing.as_secs_f64() / all_bytes as f64;
-    let before = epoch.known.time + epoch.fresh.time + epoch.zeros.time;
+    let before = epoch.time();
     for page in pages {
         let class = match (page.content, page.lookup) {
             (None, _) => &mut epoch.zeros,
@@ -282,6 +282,6 @@ fn account(
         class.bytes += bytes(page);
         class.time += page.time + each + Duration::from_secs_f64(each_byte * bytes(page) as f64);
     }
-    epoch.spent.work += epoch.known.time + epoch.fresh.time + epoch.zeros.time - before;
+    epoch.spent.work += epoch.time() - before;
     epoch.spent.passed += began.elapsed();
 }

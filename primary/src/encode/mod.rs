@@ -164,6 +164,11 @@ impl OpenEpoch {
         let (spent, pages) = Default::default();
         Self { plan, kind, began: None, known, fresh, zeros, trial: None, rest, spent, raw_bytes: 0, pages }
     }
+
+    /// Spent on the pages that were looked at, by all threads.
+    fn time(&self) -> Duration {
+        self.known.time + self.fresh.time + self.zeros.time
+    }
 }
 
 impl Recoder {
@@ -318,7 +323,10 @@ impl Recoder {
                     (encoder.encode(content, Some(known), lz4), &mut epoch.known, Some(known))
                 }
                 Known::Place(place) => (encoder.encode(content, None, lz4), &mut epoch.fresh, Some(place)),
-                Known::Nothing => (encoder.encode(content, None, lz4), &mut epoch.fresh, None),
+                Known::Nothing => {
+                    let class = if content.is_some() { &mut epoch.fresh } else { &mut epoch.zeros };
+                    (encoder.encode(content, None, lz4), class, None)
+                }
             };
             out.extend(builder.push_encoded(block, page, content, encoded));
             epoch.pages[encoded.codec as usize] += 1;
@@ -336,12 +344,9 @@ impl Recoder {
                     _ => *place = *content,
                 }
             }
-            let class = if content.is_some() {
+            if content.is_some() {
                 epoch.trial = epoch.trial.map(|left| left.saturating_sub(1));
-                class
-            } else {
-                &mut epoch.zeros
-            };
+            }
             let now = Instant::now();
             class.pages += 1;
             class.bytes += (RECORD_HEADER_BYTES + encoded.payload.len()) as u64;
@@ -368,17 +373,17 @@ impl Recoder {
                 class.bytes = class.bytes.saturating_mul(sent).checked_div(before).unwrap_or(0);
             }
         }
-        // A full copy tells of the link, but its pages are not what deltas are like.
         if epoch.plan == Plan::Raw {
             // Nobody has looked at them.
             epoch.zeros.pages = raw.pages.saturating_sub(epoch.fresh.pages);
             epoch.zeros.bytes = epoch.zeros.pages * RECORD_HEADER_BYTES as u64;
         }
+        // A full copy tells of the link, but its pages are not what deltas are like.
         let [known, fresh, zeros, rest] = match epoch.kind {
             EpochKind::Delta => [epoch.known, epoch.fresh, epoch.zeros, epoch.rest],
             EpochKind::Full => Default::default(),
         };
-        let threads = epoch.spent.threads(epoch.known.time + epoch.fresh.time + epoch.zeros.time);
+        let threads = epoch.spent.threads(epoch.time());
         let (plan, spare_cpus) = (epoch.plan, 0.0);
         self.seen =
             Some(Seen { plan, known, fresh, zeros, rest, threads, transfer: None, whole: None, spare_cpus });

@@ -104,7 +104,6 @@ fn encode(recoder: &mut Recoder, job: &mut Job, spare_cpus: f64) -> Result<(), S
     recoder.begin(job.generation, job.epoch, job.kind, job.codecs, spare_cpus);
     let (mut ready, mut frames, mut behind) = (Vec::new(), Vec::new(), None);
     while let Some(part) = behind.take().or_else(|| job.from.blocking_recv()) {
-        let is_last = matches!(part, Part::End { .. });
         let last = match part {
             Part::Seed(seed) => {
                 recoder.layout(&seed.layout);
@@ -136,10 +135,8 @@ fn encode(recoder: &mut Recoder, job: &mut Job, spare_cpus: f64) -> Result<(), S
                 return Ok(());
             }
         }
-        if is_last {
-            recoder.settle();
-        }
     }
+    recoder.settle();
     Ok(())
 }
 

@@ -40,13 +40,18 @@ impl Role {
     }
 }
 
+/// Whether a status is of a protection that has ended by itself.
+fn is_over(status: &Value) -> bool {
+    matches!(status["state"].as_str(), Some("ended" | "crashed"))
+}
+
 impl GuestStatus {
     fn parse(text: &str, role: Role, guest: &str) -> Result<Option<Self>> {
         let whole: Value = serde_json::from_str(text).with_context(|| format!("not JSON: {text}"))?;
         let guests = whole["guests"].as_array().into_iter().flatten();
         let called = guests.filter(|status| status["domain"] == guest && status["role"] == role.name());
         // Domains of earlier scenarios had the same name.
-        let found = called.min_by_key(|status| matches!(status["state"].as_str(), Some("ended" | "crashed")));
+        let found = called.min_by_key(|status| is_over(status));
         Ok(found.cloned().map(Self))
     }
 
@@ -139,9 +144,7 @@ impl Lab {
         let text = self.must_understudy(host, &["status", "--json"])?;
         let whole: Value = serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
         let guests = whole["guests"].as_array().into_iter().flatten();
-        let left = guests.filter(|guest| {
-            guest["role"] == "backup" || !matches!(guest["state"].as_str(), Some("ended" | "crashed"))
-        });
+        let left = guests.filter(|guest| guest["role"] == "backup" || !is_over(guest));
         Ok(left.filter_map(|guest| guest["domain"].as_str().map(str::to_owned)).collect())
     }
 

@@ -93,8 +93,7 @@ fn cut_and_heal(lab: &Lab) -> Result<()> {
 }
 
 fn power_cut(lab: &Lab) -> Result<()> {
-    lab.start_guest(HostName::Beta, &GuestSpec::new("g1"))?;
-    Guest::wait(lab.dir(), "g1", UP)?;
+    super::start(lab, HostName::Beta, &GuestSpec::new("g1"))?;
     lab.shell(HostName::Beta, "touch /root/memory /var/lib/understudy/disk")?;
     lab.power_off(HostName::Beta)?;
     ensure!(Guest::connect(lab.dir(), "g1", Duration::from_secs(1)).is_err(), "the guest outlived its host");

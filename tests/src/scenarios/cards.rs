@@ -4,10 +4,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::{Scenario, UP, advances, failover, output};
+use super::{Scenario, advances, failover, output, start};
 use crate::lab::Lab;
 use crate::lab::domain::{Card, GuestSpec};
-use crate::lab::guest::Guest;
 use crate::lab::plan::HostName::{self, Alpha};
 use crate::lab::plan::{GUEST_BRIDGE, Net, OVS_BRIDGE};
 
@@ -53,8 +52,7 @@ fn open_vswitch(lab: &Lab, host: HostName) -> Result<()> {
 
 /// Frames wait while the agent is away, none is lost, and a power cut takes nothing back that a client has heard.
 fn gated(lab: &Lab, card: Card) -> Result<()> {
-    lab.start_guest(Alpha, &GuestSpec { vcpus: 2, card, ..GuestSpec::new("g1") })?;
-    let mut guest = Guest::wait(lab.dir(), "g1", UP)?;
+    let mut guest = start(lab, Alpha, &GuestSpec { vcpus: 2, card, ..GuestSpec::new("g1") })?;
     let boot = guest.count()?.boot;
     lab.protect("g1", Alpha)?;
     advances(lab, LIMIT)?;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{SHAPES, Scenario, Shape, start_shaped};
+use super::{SHAPES, Scenario, Shape, start, start_shaped};
 use crate::lab::Lab;
 use crate::lab::domain::{Card, GuestSpec};
 use crate::lab::guest::Guest;
@@ -64,8 +64,8 @@ fn chain_of(lab: &Lab, mut boot: String, cuts: usize, every: usize) -> Result<()
 fn vhost(lab: &Lab) -> Result<()> {
     let (machine, vcpus) = SHAPES[2];
     let spec = GuestSpec { machine: machine.into(), vcpus, card: Card::Vhost, ..GuestSpec::new("g1") };
-    lab.start_guest(HostName::Alpha, &spec)?;
-    chain_of(lab, Guest::wait(lab.dir(), "g1", LIMIT)?.count()?.boot, 1, 1)
+    let boot = start(lab, HostName::Alpha, &spec)?.count()?.boot;
+    chain_of(lab, boot, 1, 1)
 }
 
 /// A guest without memory kept up to date on the backup.

@@ -21,7 +21,7 @@ const LIFETIME: Duration = Duration::from_secs(1800);
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Of each mode and pattern, one after the other.
-const REQUESTS: usize = 60;
+const REQUESTS: usize = 120;
 
 /// What the guest rewrites as often as it can, while it is asked.
 const LOAD: &str = "dirty 200 0";

@@ -82,8 +82,7 @@ fn from_the_start(lab: &Lab) -> Result<()> {
 }
 
 fn by_virsh(lab: &Lab) -> Result<()> {
-    lab.start_guest(Alpha, &GuestSpec::new("g1"))?;
-    let mut guest = Guest::wait(lab.dir(), "g1", UP)?;
+    let mut guest = super::start(lab, Alpha, &GuestSpec::new("g1"))?;
     let boot = guest.count()?.boot;
     set(lab, Alpha, DOMAIN, "<protect enabled='yes' backup='beta' insecure='yes'/>")?;
     wait_shown(lab, Alpha, &["value=\"protected\""])?;

@@ -87,7 +87,12 @@ const SHAPES: [Shape; 4] = [("pc", 1), ("pc", 2), ("q35", 1), ("q35", 2)];
 
 /// Guest g1 in a shape, answering.
 fn start_shaped(lab: &Lab, host: HostName, (machine, vcpus): Shape) -> Result<Guest> {
-    lab.start_guest(host, &GuestSpec { machine: machine.into(), vcpus, ..GuestSpec::new("g1") })?;
+    start(lab, host, &GuestSpec { machine: machine.into(), vcpus, ..GuestSpec::new("g1") })
+}
+
+/// Guest g1 as it is specified, answering.
+fn start(lab: &Lab, host: HostName, spec: &GuestSpec) -> Result<Guest> {
+    lab.start_guest(host, spec)?;
     Guest::wait(lab.dir(), "g1", UP)
 }
 

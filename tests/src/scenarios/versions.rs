@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Scenario, UP};
+use super::{Scenario, start};
 use crate::lab::Lab;
 use crate::lab::domain::GuestSpec;
 use crate::lab::guest::Guest;
@@ -33,8 +33,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 fn there_and_back(lab: &Lab, machine: &str) -> Result<()> {
     ensure!(version(lab, Alpha)? < version(lab, Beta)?, "beta does not have the newer QEMU");
     let spec = GuestSpec { machine: machine.to_owned(), ..GuestSpec::new("g1") };
-    lab.start_guest(Alpha, &spec)?;
-    let mut guest = Guest::wait(lab.dir(), "g1", UP)?;
+    let mut guest = start(lab, Alpha, &spec)?;
     guest.must("dirty 300 20")?;
     let boot = guest.count()?.boot;
     let pinned = machine_of(lab, Alpha)?;
@@ -74,8 +73,7 @@ fn take_over(lab: &Lab, on: HostName, boot: &str) -> Result<()> {
 
 /// Refused before anything is touched, with the machine type, the version that lacks it, and what to do.
 fn too_new(lab: &Lab) -> Result<()> {
-    lab.start_guest(Beta, &GuestSpec::new("g1"))?;
-    let mut guest = Guest::wait(lab.dir(), "g1", UP)?;
+    let mut guest = start(lab, Beta, &GuestSpec::new("g1"))?;
     let (machine, older) = (machine_of(lab, Beta)?, text(version(lab, Alpha)?));
     let before = lab.shell(Beta, "virsh dumpxml g1 | sha256sum; virsh domstate g1")?;
     let outcome = lab.understudy(Beta, &["protect", "g1", "--to", "alpha", "--insecure"])?;

@@ -7,8 +7,8 @@ use super::{DRIFT, Governor, KNOWN_EXTRA, MAX_JUMP, PROBE_WEIGHT, WARM_UP, WEIGH
 impl Governor {
     /// Takes in an epoch as it was.
     pub(super) fn learn(&mut self, seen: &Seen) {
-        let encoded = (seen.known.pages + seen.fresh.pages) as f64;
-        let pages = seen.known.pages + seen.fresh.pages + seen.rest.pages;
+        let encoded = seen.encoded() as f64;
+        let pages = seen.encoded() + seen.rest.pages;
         // In a part of an epoch not all pages of zeros are counted.
         let is_whole = seen.rest.pages == 0;
         if pages > 0 {
@@ -72,7 +72,7 @@ impl Governor {
 
     /// An epoch's way to the backup and back.
     fn learn_transfer(&mut self, seen: &Seen, bytes: f64, seconds: f64) {
-        let encoded = seen.known.pages + seen.fresh.pages;
+        let encoded = seen.encoded();
         let is_probe = self.probes > 0 && seen.plan == self.plan && encoded == 0 && seen.rest.pages > 0;
         let plan = if is_probe { Plan::Raw } else { seen.plan };
         if plan == Plan::Raw {

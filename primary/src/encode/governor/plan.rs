@@ -87,6 +87,13 @@ pub struct Seen {
     pub spare_cpus: f64,
 }
 
+impl Seen {
+    /// Pages with content that were encoded as the plan says.
+    pub fn encoded(&self) -> u64 {
+        self.known.pages + self.fresh.pages
+    }
+}
+
 /// A change of plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
