@@ -34,6 +34,9 @@ pub const RETRY_MAX: Duration = Duration::from_secs(60);
 /// Reports of one guest are at least this far apart; the last one is always published.
 pub const REPORT_INTERVAL: Duration = Duration::from_secs(2);
 
+/// What is reported of a standby.
+const STANDBY: &str = "standby";
+
 /// Something that has happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(clippy::large_enum_variant, reason = "a few a second, and they live for a moment")]
@@ -47,6 +50,8 @@ pub enum Event {
         /// It was started.
         started: bool,
     },
+    /// Its processors run again: of a standby, the sign that it is promoted.
+    Resumed(GuestId),
     /// It has ended.
     Stopped(GuestId),
     /// The domains that run: the answer to [`Command::LookAtAll`].
@@ -174,6 +179,8 @@ pub struct Engine {
     domains: BTreeMap<GuestId, Domain>,
     /// Looks under way, and whether another one is needed after it: two at a time could answer in the wrong order.
     looks: BTreeMap<GuestId, bool>,
+    /// Standbys of guests that run elsewhere, and whether they have been let run. Their marks count once they are promoted.
+    standbys: BTreeMap<GuestId, bool>,
 }
 
 impl Engine {
@@ -190,7 +197,15 @@ impl Engine {
                 self.look(guest, false, &mut out);
             }
             Event::Listed(guests) => guests.into_iter().for_each(|guest| self.look(guest, true, &mut out)),
+            // A protected guest is resumed many times a second; a standby only by its promotion.
+            Event::Resumed(guest) => {
+                if let Some(resumed) = self.standbys.get_mut(&guest) {
+                    *resumed = true;
+                    self.look(guest, false, &mut out);
+                }
+            }
             Event::Stopped(guest) => {
+                self.standbys.remove(&guest);
                 // The live XML is gone with the guest, and the report with it.
                 self.domains.remove(&guest);
                 if let Some(again) = self.looks.get_mut(&guest) {
@@ -199,6 +214,7 @@ impl Engine {
                 }
             }
             Event::Gone(guest) => {
+                self.standbys.remove(&guest);
                 self.domains.remove(&guest);
                 self.looked(guest, &mut out);
             }
@@ -234,7 +250,12 @@ impl Engine {
                     domain.published = None;
                 }
             }
-            Event::Tick => {}
+            Event::Tick => {
+                // The record of a promotion is written after the guest was let run.
+                let promoted = self.standbys.iter().filter(|(_, resumed)| **resumed);
+                let promoted: Vec<GuestId> = promoted.map(|(guest, _)| *guest).collect();
+                promoted.into_iter().for_each(|guest| self.look(guest, false, &mut out));
+            }
         }
         for (guest, domain) in &mut self.domains {
             decide(*guest, domain, now, &mut out);
@@ -279,13 +300,20 @@ impl Engine {
     }
 
     fn found(&mut self, guest: GuestId, found: Found, first: bool, now: Instant, out: &mut Vec<Command>) {
+        if found.standby {
+            self.standbys.entry(guest).or_insert(false);
+        } else {
+            self.standbys.remove(&guest);
+        }
         if found.absent() && !self.domains.contains_key(&guest) {
             return;
         }
         let domain = self.domains.entry(guest).or_insert_with(Domain::new);
         domain.running = found.running;
         if found.standby {
-            domain.report = Report { value: "standby".to_owned(), ..Report::default() };
+            domain.report = Report { value: STANDBY.to_owned(), ..Report::default() };
+        } else if domain.report.value == STANDBY {
+            domain.report = Report::default();
         }
         if domain.published.is_none() {
             domain.published = Some(found.reported.clone());

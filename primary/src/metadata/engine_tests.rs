@@ -340,6 +340,48 @@ fn a_standby_is_failed_over_by_its_own_host_and_not_protected() {
 }
 
 #[test]
+fn a_promoted_standby_is_protected_as_its_element_says_whoever_promoted_it() {
+    let look = [Command::Look { guest: GUEST, first: false }];
+    let looked = |bench: &mut Bench, found| bench.step(Event::Found { guest: GUEST, found, first: false });
+    let standby = || Found { standby: true, ..found(None) };
+    let mut bench = Bench::new();
+    // Its element counts for nothing while it is a standby.
+    assert_eq!(bench.changed(standby()), []);
+    assert_eq!(bench.after(Duration::from_secs(60)), []);
+    assert_eq!(bench.step(Event::Resumed(GUEST)), look);
+    // The record of its promotion is not written yet.
+    assert_eq!(looked(&mut bench, standby()), []);
+    assert_eq!(bench.after(Duration::from_secs(1)), look);
+    assert_eq!(looked(&mut bench, found(Some(on()))), [Command::Protect(GUEST, on())]);
+    // A guest that runs here is resumed after every checkpoint.
+    assert_eq!(bench.step(Event::Resumed(GUEST)), []);
+    assert_eq!(bench.after(Duration::from_secs(1)), []);
+}
+
+#[test]
+fn a_standby_that_is_gone_is_not_looked_at_for_its_promotion() {
+    for end in [Event::Gone(GUEST), Event::Stopped(GUEST)] {
+        let mut bench = Bench::new();
+        bench.changed(Found { standby: true, ..found(None) });
+        bench.step(end);
+        assert_eq!(bench.step(Event::Resumed(GUEST)), []);
+        assert_eq!(bench.after(Duration::from_secs(1)), []);
+    }
+}
+
+#[test]
+fn a_promoted_standby_is_not_called_one_any_more() {
+    let mut bench = Bench::new();
+    let command = Some(Err("no such command".to_owned()));
+    bench.changed(Found { standby: true, command, ..found(None) });
+    assert_eq!(bench.state().value, "standby");
+    bench.step(Event::Resumed(GUEST));
+    bench.step(Event::Found { guest: GUEST, found: found(None), first: false });
+    bench.after(REPORT_INTERVAL);
+    assert_eq!(bench.state().value, "off");
+}
+
+#[test]
 fn a_look_from_before_the_protection_does_not_end_it() {
     let mut bench = Bench::new();
     bench.changed(found(Some(on())));

@@ -137,8 +137,9 @@ fn save(lab: &Lab) -> Result<()> {
             only_once(lab)?;
             lab.shell(Alpha, "virsh -q destroy g1 && virsh -q start g1")?;
         }
-        wait_shown(lab, Alpha, &["value=\"protected\"", "backup=\"beta\""])?;
     }
+    // After a failover the element, which names beta, has it protected back.
+    wait_shown(lab, on, &["value=\"protected\"", &format!("backup=\"{}\"", on.other())])?;
     ensure!(!running(lab, on.other())?, "the guest runs on {} as well", on.other());
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use understudy_hook::metadata::State;
 use understudy_proto::ids::GuestId;
 
-use super::{Command, Domain, Failed, Phase, REPORT_INTERVAL};
+use super::{Command, Domain, Failed, Phase, REPORT_INTERVAL, STANDBY};
 
 /// Publishes what has changed, not too often.
 pub(super) fn report(guest: GuestId, domain: &mut Domain, now: Instant, out: &mut Vec<Command>) {
@@ -38,7 +38,7 @@ fn state(domain: &Domain) -> Option<State> {
         state.remedy.clone_from(&failed.remedy);
     };
     match &domain.phase {
-        Phase::Idle if domain.report.value == "standby" => state.value.clone_from(&domain.report.value),
+        Phase::Idle if domain.report.value == STANDBY => state.value.clone_from(&domain.report.value),
         Phase::Idle => state.value = "off".to_owned(),
         Phase::Off => {
             state.value = "off".to_owned();
