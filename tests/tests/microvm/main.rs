@@ -247,6 +247,7 @@ fn protect_and_kill(
             qemu_version: String::new(),
             machine: "micro".to_owned(),
             persistent: false,
+            lane_key: None,
         },
         to: address.to_owned(),
         security: understudy_proto::rpc::transport::Security::Plain,
