@@ -72,7 +72,7 @@ proptest! {
             let (main, mut merged) = stream(&lanes, Some(key)).await;
             let mut ends = Vec::new();
             // What each connection has yet to bring.
-            let mut queues = vec![Vec::new(), Vec::new(), Vec::new(), Vec::new()];
+            let mut queues = [const { Vec::new() }; 4];
             let mut senders = Vec::new();
             for id in 1..4 {
                 let (frames, end) = lane(&lanes, key, id).await.unwrap();
