@@ -2,6 +2,7 @@
 //! connection, and without a relay, where they bring nothing and should cost nothing.
 
 #[path = "../../tests/lanes/pair.rs"]
+#[allow(dead_code, reason = "the test of the same name needs more of it")]
 mod pair;
 
 use understudy_proto::epoch::EpochKind;

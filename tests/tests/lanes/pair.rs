@@ -303,7 +303,6 @@ impl Relay {
     }
 
     /// Cuts the connection that was opened last.
-    #[allow(dead_code, reason = "the bench cuts nothing")]
     pub(crate) fn cut_last(&self) {
         if let Some(last) = self.open.lock().unwrap_or_else(PoisonError::into_inner).pop() {
             let _ = last.shutdown(std::net::Shutdown::Both);
