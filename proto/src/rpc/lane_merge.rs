@@ -109,6 +109,8 @@ impl Merge {
             Ok(MainMessage::Message(message)) => {
                 if let PrimaryMessage::Hello(hello) = &message
                     && let Some(key) = hello.lane_key
+                    // A second Hello is refused by whoever reads this.
+                    && self.own.is_none()
                     && let Err(failure) = self.open(key)
                 {
                     return Some(Err(failure));
@@ -121,7 +123,7 @@ impl Merge {
     fn open(&mut self, key: LaneKey) -> Result<(), Failure> {
         let (arrive, arrivals) = mpsc::channel(limits::MAX_LANES);
         let mut streams = self.streams.lock();
-        if self.own.is_some() || streams.contains_key(&key) {
+        if streams.contains_key(&key) {
             return Err(violation("the key of its lanes is in use".to_owned()));
         }
         streams.insert(key, arrive);
