@@ -53,6 +53,11 @@ pub struct Config {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub encode_threads: Option<u16>,
 
+    /// Connections that the epochs of a guest go by at most. A further one is opened where it makes them faster, and closed
+    /// where it does not; 1 never opens one.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub connections: u8,
+
     /// Name of this host in messages; libvirt's name for it by default.
     #[arg(long, value_name = "NAME")]
     pub host_name: Option<String>,

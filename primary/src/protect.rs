@@ -374,6 +374,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
             qemu_version: qemu_version.unwrap_or_default(),
             machine: facts.guest.facts.machine,
             persistent: facts.persistent,
+            lane_key: None,
         },
         to: wanted.to.clone(),
         security: agent.config.security(wanted.insecure, &wanted.to)?,
@@ -393,6 +394,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
         barrier: barrier(agent, &domain),
         output,
         encoding: Encoding { pool: agent.pool.clone(), ..agent.config.encoding() },
+        connections: agent.config.connections.into(),
     })
 }
 

@@ -63,6 +63,9 @@ pub const HTTP2_CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 /// HTTP/2 frame size. The default of 16 KiB halves the throughput.
 pub const HTTP2_FRAME_BYTES: u32 = 256 << 10;
 
+/// Lanes of a stream: connections beside its own.
+pub const MAX_LANES: usize = 15;
+
 /// Epochs that may be captured but not yet acknowledged. One, because the `plug` qdisc counts one sealed
 /// epoch only.
 pub const MAX_EPOCHS_IN_FLIGHT: usize = 1;

@@ -105,6 +105,7 @@ fn hello() -> impl Strategy<Value = Hello> {
                     qemu_version,
                     machine,
                     persistent,
+                    lane_key: (session % 2 == 0).then(LaneKey::random),
                 }
             },
         )

@@ -24,6 +24,8 @@ pub(crate) enum Bench {
     Wire,
     /// What the governor makes of a link, beside the same epochs raw
     Governor,
+    /// Epochs by one connection and by several, with and without a limit of each
+    Connections,
     /// What encoding a page costs, and what a second thread brings
     Codec,
     /// Memory of encoder and image
@@ -73,6 +75,7 @@ pub(crate) fn run(bench: Bench, json: Option<PathBuf>, more: &[String]) -> Resul
         Bench::Governor => Some("governor"),
         Bench::Plot => Some("plot"),
         Bench::Codec => Some("codec"),
+        Bench::Connections => Some("connections"),
         Bench::Memory => Some("memory"),
     };
     let mut cargo = match (name, bench) {

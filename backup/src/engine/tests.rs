@@ -87,6 +87,7 @@ impl Bench {
             qemu_version: "7.2.22".into(),
             machine: "pc-q35-7.2".into(),
             persistent: true,
+            lane_key: None,
         };
         let agreement = Agreement { version: 1, features: Default::default() };
         self.step(Event::Hello { connection: ConnectionId(c), hello: Box::new(hello), agreement, local })

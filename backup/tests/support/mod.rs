@@ -302,6 +302,7 @@ pub fn hello(generation: u64) -> Hello {
         qemu_version: "7.2.22".into(),
         machine: "pc-q35-7.2".into(),
         persistent: true,
+        lane_key: None,
     }
 }
 

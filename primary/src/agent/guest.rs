@@ -63,6 +63,8 @@ pub struct Plan {
     pub output: Output,
     /// How its pages are encoded.
     pub encoding: Encoding,
+    /// Connections that its epochs go by at most.
+    pub connections: usize,
 }
 
 impl std::fmt::Debug for Plan {
@@ -143,7 +145,8 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     let (replicator, status) =
         (plan.hello.clone(), initial_status(&plan.hello, &plan.to, &plan.libvirt_version));
     let (reports_in, reports) = mpsc::channel(64);
-    let (replicator, orders) = Replicator::new(plan.to.clone(), plan.security, replicator, reports_in);
+    let (replicator, orders) =
+        Replicator::new(plan.to.clone(), plan.security, replicator, plan.connections, reports_in);
     let sent_bytes = replicator.sent_bytes();
     let encoder = Encoder::start(&name, plan.encoding, replicator.link_meter())?;
     let span = info_span!("guest", domain = name, generation = %plan.settings.generation);

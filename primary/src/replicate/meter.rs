@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use understudy_proto::epoch::EpochKind;
 
+use super::policy::Sample;
 use crate::encode::LinkMeter;
 
 #[derive(Debug, Default)]
@@ -15,7 +17,18 @@ pub(super) struct Meter {
     busy: Duration,
     waiting_since: Option<Instant>,
     sent_at: Option<Instant>,
+    /// Of the epoch, if it is one.
+    kind: Option<EpochKind>,
+    began: Option<Instant>,
+    /// Bytes and time that were told before the end of the epoch.
+    told: (u64, Duration),
 }
+
+/// A part of a long epoch that is told before its end.
+const PART_BYTES: u64 = 64 << 20;
+
+/// The same.
+const PART_TIME: Duration = Duration::from_millis(250);
 
 impl Meter {
     /// Where others read it.
@@ -24,30 +37,50 @@ impl Meter {
     }
 
     /// An epoch begins.
-    pub(super) fn begin(&mut self) {
+    pub(super) fn begin(&mut self, kind: EpochKind) {
+        self.reset();
+        self.kind = Some(kind);
+    }
+
+    fn reset(&mut self) {
         *self = Self { link: Arc::clone(&self.link), ..Self::default() };
     }
 
     /// A message waits for the link.
     pub(super) fn waits(&mut self, now: Instant) {
         self.waiting_since.get_or_insert(now);
+        self.began.get_or_insert(now);
     }
 
-    /// A message was handed over; `last` if no other one waits.
-    pub(super) fn sent(&mut self, bytes: u64, last: bool, now: Instant) {
+    /// A message was handed over; `last` if no other one waits. What a part of a long epoch took, at the end of each.
+    pub(super) fn sent(&mut self, bytes: u64, last: bool, now: Instant) -> Option<Sample> {
         self.bytes += bytes;
         self.sent_at = Some(now);
         if last && let Some(since) = self.waiting_since.take() {
             self.busy += now - since;
         }
+        let busy = self.busy + self.waiting_since.map_or(Duration::ZERO, |since| now - since);
+        let long = self.bytes - self.told.0 >= PART_BYTES && busy.saturating_sub(self.told.1) >= PART_TIME;
+        if long { self.part(busy, now) } else { None }
     }
 
-    /// The epoch is committed.
-    pub(super) fn acknowledged(&mut self, now: Instant) {
+    /// What came since the last part.
+    fn part(&mut self, busy: Duration, now: Instant) -> Option<Sample> {
+        let (bytes, before) = std::mem::replace(&mut self.told, (self.bytes, busy));
+        let whole = now - self.began.replace(now)?;
+        Some(Sample { kind: self.kind?, bytes: self.bytes - bytes, busy: busy.saturating_sub(before), whole })
+    }
+
+    /// The epoch is committed; what it took, or its last part.
+    pub(super) fn acknowledged(&mut self, now: Instant) -> Option<Sample> {
+        let mut sample = None;
         if let Some(sent_at) = self.sent_at.take() {
-            self.link.set(self.bytes, self.busy + (now - sent_at));
+            let busy = self.busy + (now - sent_at);
+            self.link.set(self.bytes, busy);
+            sample = self.part(busy, now);
         }
-        self.begin();
+        self.reset();
+        sample
     }
 }
 
@@ -60,7 +93,7 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut meter = Meter::default();
-        meter.begin();
+        meter.begin(EpochKind::Delta);
         meter.waits(at(10));
         meter.waits(at(11));
         meter.sent(300, false, at(12));

@@ -5,28 +5,35 @@
 //! and reports what the backup says. It decides nothing: when to connect, resend or forget is the engine's business.
 
 mod feed;
+mod lanes;
+mod links;
 mod meter;
+mod policy;
 mod stream;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 use understudy_proto::epoch::EpochKind;
+use understudy_proto::negotiate::FEATURE_LANES;
 use understudy_proto::rpc::epoch::{
     BackupMessage, EpochRef, GoodbyeReason, Hello, HelloAck, PrimaryMessage, Refused, Reject, RejectCode,
     Standby,
 };
+use understudy_proto::rpc::lane::LaneKey;
 use understudy_proto::rpc::transport::Security;
 
 use feed::EpochMessages;
 pub(crate) use feed::Part;
 pub use feed::{EpochSink, Feed, FullProgress, feed};
+use lanes::Happened;
 use meter::Meter;
+use policy::Policy;
 use stream::{Live, Opening, SILENCE_LIMIT};
 
 use crate::encode::LinkMeter;
@@ -99,6 +106,8 @@ pub struct Replicator {
     queue: VecDeque<PrimaryMessage>,
     heartbeats: u64,
     meter: Meter,
+    policy: Policy,
+    connections: Arc<AtomicUsize>,
 }
 
 impl std::fmt::Debug for Replicator {
@@ -118,16 +127,19 @@ enum Turn {
     Room(bool),
     Part(Option<Part>),
     Message(Option<Result<BackupMessage, String>>),
+    Lane(Happened),
     Heartbeat,
     Silence,
 }
 
 impl Replicator {
-    /// For the guest of `hello` (its session is set per stream) and the backup at `host`. Reports go to `reports`.
+    /// For the guest of `hello` (its session and the key of its lanes are set per stream) and the backup at `host`, with at
+    /// most so many connections. Reports go to `reports`.
     pub fn new(
         host: String,
         security: Security,
         hello: Hello,
+        connections: usize,
         reports: mpsc::Sender<Report>,
     ) -> (Self, mpsc::Sender<Order>) {
         let (orders_in, orders) = mpsc::channel(ORDERS);
@@ -146,6 +158,8 @@ impl Replicator {
             queue: VecDeque::new(),
             heartbeats: 0,
             meter: Meter::default(),
+            policy: Policy::new(connections),
+            connections: Arc::default(),
         };
         (replicator, orders_in)
     }
@@ -153,6 +167,11 @@ impl Replicator {
     /// Counts bytes of frames and device buffers handed to streams.
     pub fn sent_bytes(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.sent_bytes)
+    }
+
+    /// Connections in use; 0 without a stream.
+    pub fn connections(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.connections)
     }
 
     /// What the link does with acknowledged epochs.
@@ -177,6 +196,7 @@ impl Replicator {
                 Turn::Message(Some(Ok(message))) => self.message(message).await,
                 Turn::Message(Some(Err(reason))) => self.lost(reason).await,
                 Turn::Message(None) => self.lost("the backup ended the stream".to_owned()).await,
+                Turn::Lane(happened) => self.lane(happened).await,
                 Turn::Heartbeat => {
                     self.heartbeats += 1;
                     // Before all that waits: it measures the link, not the queue.
@@ -200,18 +220,23 @@ impl Replicator {
             }
             None => false,
         };
-        let (outbound, inbound, silent_at) = match &mut self.live {
-            Some(live) => (Some(&live.outbound), Some(&mut live.inbound), live.heard + SILENCE_LIMIT),
-            None => (None, None, Instant::now()),
+        let (outbound, inbound, ends, silent_at) = match &mut self.live {
+            Some(live) => {
+                let silent_at = live.heard + SILENCE_LIMIT;
+                (Some(&live.outbound), Some(&mut live.inbound), Some(&mut live.ends), silent_at)
+            }
+            None => (None, None, None, Instant::now()),
         };
+        let frame = matches!(self.queue.front(), Some(PrimaryMessage::Pages(_)));
         let is_live = inbound.is_some();
         let has_queue = is_live && accepted && !self.queue.is_empty();
         tokio::select! {
             order = self.orders.recv() => Turn::Order(order),
             opened = stream::opened(&mut self.opening) => Turn::Opened(opened),
-            room = stream::room(outbound), if has_queue => Turn::Room(room),
+            room = stream::room(outbound, frame), if has_queue => Turn::Room(room),
             part = feed::next(&mut self.feed), if may_feed => Turn::Part(part),
             message = stream::message(inbound), if is_live => Turn::Message(message),
+            happened = lanes::happened(ends), if accepted => Turn::Lane(happened),
             _ = heartbeat.tick(), if accepted => Turn::Heartbeat,
             () = tokio::time::sleep_until(silent_at), if is_live => Turn::Silence,
         }
@@ -222,13 +247,15 @@ impl Replicator {
             Order::Connect { session, after } => {
                 self.live = None;
                 self.queue.clear();
-                let hello = Hello { session, ..self.hello.clone() };
+                self.lanes_gone();
+                let lane_key = self.policy.wants_lanes().then(LaneKey::random);
+                let hello = Hello { session, lane_key, ..self.hello.clone() };
                 let opening = stream::open(self.host.clone(), self.security.clone(), hello, after);
                 self.opening = Some((session, opening));
             }
             Order::Feed(feed) => {
                 self.forget();
-                self.meter.begin();
+                self.meter.begin(feed.messages.kind);
                 let live = self.live.as_ref().is_some_and(|live| live.accepted);
                 // A full copy is not kept, so without a stream it would be for nothing: its sink sees it closed.
                 if live || feed.messages.kind == EpochKind::Delta {
@@ -299,16 +326,17 @@ impl Replicator {
     }
 
     fn send_next(&mut self) {
-        let (Some(live), Some(message)) = (&self.live, self.queue.pop_front()) else { return };
+        let (Some(live), Some(message)) = (&mut self.live, self.queue.pop_front()) else { return };
         let bytes = match &message {
             PrimaryMessage::Pages(pages) => pages.frame.len(),
             PrimaryMessage::Device(piece) => piece.data.len(),
             _ => 0,
         };
         // There was room a moment ago, and nobody else sends.
-        if live.outbound.try_send(message).is_ok() {
+        if live.outbound.try_send(message) {
             self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-            self.meter.sent(bytes as u64, self.queue.is_empty(), Instant::now());
+            let sample = self.meter.sent(bytes as u64, self.queue.is_empty(), Instant::now());
+            self.measured(sample);
         }
     }
 
@@ -327,6 +355,8 @@ impl Replicator {
         match message {
             BackupMessage::HelloAck(ack) if !live.accepted => {
                 live.accepted = true;
+                live.lane_key.take_if(|_| !ack.agreement.features.contains(FEATURE_LANES));
+                self.connections.store(1, Ordering::Relaxed);
                 info!(session, backup = ack.host, version = ack.agreement.version, "stream accepted");
                 self.report(Report::Connected(session, ack)).await;
             }
@@ -334,6 +364,7 @@ impl Replicator {
                 warn!(session, code = ?refused.code, text = refused.text, "stream refused");
                 self.live = None;
                 self.queue.clear();
+                self.lanes_gone();
                 self.drop_full_feed();
                 self.report(Report::Refused(session, refused)).await;
             }
@@ -342,7 +373,10 @@ impl Replicator {
             }
             BackupMessage::HelloAck(_) => self.lost("the backup accepted the stream twice".to_owned()).await,
             BackupMessage::Ack(at) => {
-                self.meter.acknowledged(Instant::now());
+                live.outbound.arrived();
+                live.ends.retain(&live.outbound);
+                let sample = self.meter.acknowledged(Instant::now());
+                self.measured(sample);
                 self.report(Report::Acked(session, at)).await;
             }
             BackupMessage::Reject(reject) => {
@@ -357,6 +391,7 @@ impl Replicator {
     async fn lost(&mut self, reason: String) {
         let Some(live) = self.live.take() else { return };
         self.queue.clear();
+        self.lanes_gone();
         self.drop_full_feed();
         warn!(session = live.session, reason, "stream lost");
         self.report(Report::Disconnected(live.session, reason)).await;
@@ -374,10 +409,14 @@ impl Replicator {
 
     async fn close(mut self, goodbye: Option<GoodbyeReason>) {
         self.forget();
-        let Some(Live { outbound, mut inbound, accepted: true, .. }) = self.live.take() else { return };
+        let Some(Live { mut outbound, mut inbound, accepted: true, ends: _ends, .. }) = self.live.take()
+        else {
+            return;
+        };
         let farewell = async {
             if let Some(reason) = goodbye {
-                let _ = outbound.send(PrimaryMessage::Goodbye(reason)).await;
+                // A stream that is closed needs no farewell.
+                let _ = outbound.room(false).await && outbound.try_send(PrimaryMessage::Goodbye(reason));
             }
             drop(outbound);
             // The backup ends its side when it has read everything.

@@ -4,29 +4,30 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
 use understudy_proto::rpc::epoch::{BackupMessage, Hello, PrimaryMessage};
+use understudy_proto::rpc::lane::LaneKey;
 use understudy_proto::rpc::transport::Security;
 use understudy_proto::rpc::{EpochsClient, FallibleStream, transport};
+
+use super::lanes::{Connections, Ends};
 
 /// A stream on which nothing is heard for so long, not even an answer to a heartbeat, is lost.
 pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 
-/// Messages handed to the transport ahead: a few of 256 KiB, so that a heartbeat does not wait long.
-const OUTBOUND_MESSAGES: usize = 4;
-
 /// An open stream.
 pub(super) struct Live {
     pub(super) session: u64,
-    pub(super) outbound: mpsc::Sender<PrimaryMessage>,
+    pub(super) outbound: Connections,
     pub(super) inbound: FallibleStream<BackupMessage>,
     /// When the backup last said anything.
     pub(super) heard: Instant,
     /// HelloAck is here.
     pub(super) accepted: bool,
+    /// What its lanes name it by, once both sides have agreed on lanes.
+    pub(super) lane_key: Option<LaneKey>,
+    pub(super) ends: Ends,
 }
 
 pub(super) type Opening = BoxFuture<'static, Result<Live, String>>;
@@ -36,17 +37,27 @@ pub(super) fn open(host: String, security: Security, hello: Hello, after: Durati
     Box::pin(async move {
         tokio::time::sleep(jittered(after)).await;
         let channel = transport::connect(&host, &security).await.map_err(|failure| failure.reason)?;
-        let session = hello.session;
-        let (outbound, messages) = mpsc::channel(OUTBOUND_MESSAGES);
+        let (session, lane_key) = (hello.session, hello.lane_key);
+        let (mut outbound, messages) = Connections::new();
         // The first message never waits: the channel is empty.
-        outbound.try_send(PrimaryMessage::Hello(hello)).map_err(|error| error.to_string())?;
+        if !outbound.try_send(PrimaryMessage::Hello(hello)) {
+            return Err("the stream took no message".to_owned());
+        }
         let mut client = EpochsClient::new(channel);
-        let opening = client.replicate(ReceiverStream::new(messages));
+        let opening = client.replicate(messages);
         let inbound = tokio::time::timeout(SILENCE_LIMIT, opening)
             .await
             .map_err(|_| format!("{host} does not answer"))?
             .map_err(|failure| failure.reason)?;
-        Ok(Live { session, outbound, inbound, heard: Instant::now(), accepted: false })
+        Ok(Live {
+            session,
+            outbound,
+            inbound,
+            heard: Instant::now(),
+            accepted: false,
+            lane_key,
+            ends: Ends::default(),
+        })
     })
 }
 
@@ -71,9 +82,9 @@ pub(super) async fn opened(opening: &mut Option<(u64, Opening)>) -> Result<Live,
 ///
 /// # Cancel safety
 /// The room is not kept.
-pub(super) async fn room(outbound: Option<&mpsc::Sender<PrimaryMessage>>) -> bool {
+pub(super) async fn room(outbound: Option<&Connections>, frame: bool) -> bool {
     match outbound {
-        Some(outbound) => outbound.reserve().await.is_ok(),
+        Some(outbound) => outbound.room(frame).await,
         None => std::future::pending().await,
     }
 }

@@ -39,6 +39,7 @@ pub(crate) async fn start_with(guest: &FakeGuest, backup: &StubBackup, output: O
         qemu_version: "7.2.22".to_owned(),
         machine: "pc-q35-7.2".to_owned(),
         persistent: true,
+        lane_key: None,
     };
     let settings = Settings {
         generation: GENERATION,
@@ -61,6 +62,7 @@ pub(crate) async fn start_with(guest: &FakeGuest, backup: &StubBackup, output: O
         output,
         // The fake backup has no image to take differences from.
         encoding: Encoding { compress: Compress::Off, ..Encoding::default() },
+        connections: 4,
     };
     agent::start(plan).await.expect("starts")
 }

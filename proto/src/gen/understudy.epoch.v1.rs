@@ -3,7 +3,7 @@
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PrimaryMessage {
     /// Absent: the message is of a version this build does not know; the stream is refused.
-    #[prost(oneof = "primary_message::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "primary_message::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub kind: ::core::option::Option<primary_message::Kind>,
 }
 /// Nested message and enum types in `PrimaryMessage`.
@@ -27,6 +27,8 @@ pub mod primary_message {
         Heartbeat(super::Heartbeat),
         #[prost(message, tag = "8")]
         Goodbye(super::Goodbye),
+        #[prost(message, tag = "9")]
+        ByLane(super::ByLane),
     }
 }
 /// Sent by the backup.
@@ -95,6 +97,9 @@ pub struct Hello {
     /// Whether the domain has a persistent definition on the primary; a promotion then defines it on the backup.
     #[prost(bool, tag = "9")]
     pub persistent: bool,
+    /// What lanes name this stream by: 16 random bytes that nobody else is told. Empty: it has none.
+    #[prost(bytes = "bytes", tag = "10")]
+    pub lane_key: ::prost::bytes::Bytes,
 }
 /// What a full epoch needs beside pages and device state. Comes before every full epoch, and holds for the deltas after it.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -141,6 +146,56 @@ pub struct Pages {
     #[prost(bytes = "bytes", tag = "2")]
     pub data: ::prost::bytes::Bytes,
 }
+/// In the place of a Pages: that one comes by a lane, and is the next one there.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ByLane {
+    /// As in LaneOpen.
+    #[prost(uint32, tag = "1")]
+    pub lane: u32,
+    /// Counts the frames that go by lanes, from 0 on, over all lanes of the stream.
+    #[prost(uint64, tag = "2")]
+    pub number: u64,
+}
+/// Sent on a lane.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LaneMessage {
+    /// Absent: as in PrimaryMessage.
+    #[prost(oneof = "lane_message::Kind", tags = "1, 2")]
+    pub kind: ::core::option::Option<lane_message::Kind>,
+}
+/// Nested message and enum types in `LaneMessage`.
+pub mod lane_message {
+    /// Absent: as in PrimaryMessage.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        #[prost(message, tag = "1")]
+        Open(super::LaneOpen),
+        #[prost(message, tag = "2")]
+        Frame(super::LaneFrame),
+    }
+}
+/// First message of a lane.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LaneOpen {
+    /// Hello.lane_key of the stream.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub key: ::prost::bytes::Bytes,
+    /// 1 to limits::MAX_LANES. A lane takes the place of an earlier one of this number.
+    #[prost(uint32, tag = "2")]
+    pub lane: u32,
+}
+/// A page frame that its stream has a ByLane for.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LaneFrame {
+    /// As in ByLane.
+    #[prost(uint64, tag = "1")]
+    pub number: u64,
+    #[prost(message, optional, tag = "2")]
+    pub pages: ::core::option::Option<Pages>,
+}
+/// Never sent.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LaneReply {}
 /// A piece of the open epoch's device buffer; pieces come in order without gaps.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Device {
@@ -678,6 +733,32 @@ pub mod epochs_client {
                 .insert(GrpcMethod::new("understudy.epoch.v1.Epochs", "Replicate"));
             self.inner.streaming(req, path, codec).await
         }
+        /// A lane of an open stream. It is accepted when the call is answered; the answer never has a message. Refused with
+        /// NOT_FOUND if no stream has the key.
+        pub async fn carry(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::LaneMessage>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::LaneReply>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/understudy.epoch.v1.Epochs/Carry",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("understudy.epoch.v1.Epochs", "Carry"));
+            self.inner.streaming(req, path, codec).await
+        }
         /// Asks, before anything is touched, whether this backup could take a guest.
         pub async fn probe(
             &mut self,
@@ -726,6 +807,18 @@ pub mod epochs_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::PrimaryMessage>>,
         ) -> std::result::Result<tonic::Response<Self::ReplicateStream>, tonic::Status>;
+        /// Server streaming response type for the Carry method.
+        type CarryStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::LaneReply, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// A lane of an open stream. It is accepted when the call is answered; the answer never has a message. Refused with
+        /// NOT_FOUND if no stream has the key.
+        async fn carry(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::LaneMessage>>,
+        ) -> std::result::Result<tonic::Response<Self::CarryStream>, tonic::Status>;
         /// Asks, before anything is touched, whether this backup could take a guest.
         async fn probe(
             &self,
@@ -842,6 +935,50 @@ pub mod epochs_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ReplicateSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/understudy.epoch.v1.Epochs/Carry" => {
+                    #[allow(non_camel_case_types)]
+                    struct CarrySvc<T: Epochs>(pub Arc<T>);
+                    impl<T: Epochs> tonic::server::StreamingService<super::LaneMessage>
+                    for CarrySvc<T> {
+                        type Response = super::LaneReply;
+                        type ResponseStream = T::CarryStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<tonic::Streaming<super::LaneMessage>>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Epochs>::carry(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CarrySvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -5,6 +5,7 @@ use crate::epoch::{EpochKind, EpochManifest};
 use crate::ids::{EpochId, Generation, GuestId, Incarnation};
 use crate::layout::MemoryLayout;
 use crate::negotiate::{Agreement, Offer};
+pub use crate::rpc::lane::LaneKey;
 use bytes::Bytes;
 use std::fmt;
 
@@ -67,6 +68,8 @@ pub struct Hello {
     pub machine: String,
     /// Whether the domain has a persistent definition on the primary.
     pub persistent: bool,
+    /// What lanes name this stream by; `None` if it has none.
+    pub lane_key: Option<LaneKey>,
 }
 
 /// Machine description that holds from the next full epoch on.

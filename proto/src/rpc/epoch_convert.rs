@@ -5,6 +5,7 @@ use super::convert::{
 };
 use super::epoch as domain;
 use super::generated::epoch as wire;
+use super::lane::LaneKey;
 use crate::control::Role;
 use crate::digest::Digest;
 use crate::epoch::{EpochKind, EpochManifest};
@@ -109,6 +110,12 @@ impl TryFrom<wire::PrimaryMessage> for domain::PrimaryMessage {
             Kind::Manifest(m) => Self::Manifest(m.try_into()?),
             Kind::Heartbeat(m) => Self::Heartbeat(m.counter),
             Kind::Goodbye(m) => Self::Goodbye(domain::GoodbyeReason::from_wire(m.reason)?),
+            Kind::ByLane(_) => {
+                return Err(ProtocolError::invalid(
+                    "kind of primary message",
+                    "a frame by a lane, which nothing here has",
+                ));
+            }
         })
     }
 }
@@ -153,6 +160,7 @@ impl TryFrom<wire::Hello> for domain::Hello {
             qemu_version: text("QEMU version", m.qemu_version)?,
             machine: text("machine type", m.machine)?,
             persistent: m.persistent,
+            lane_key: LaneKey::from_wire(&m.lane_key)?,
         })
     }
 }
@@ -169,6 +177,7 @@ impl From<domain::Hello> for wire::Hello {
             qemu_version: m.qemu_version,
             machine: m.machine,
             persistent: m.persistent,
+            lane_key: m.lane_key.map(LaneKey::to_wire).unwrap_or_default(),
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use super::epoch::{BackupMessage, PrimaryMessage, ProbeReply, ProbeRequest};
 use super::generated::epoch as wire;
+use super::lane::{LaneFrame, LaneMessage, LaneOpen, MainMessage};
+use super::lane_merge::Lanes;
 use super::{Failure, FallibleStream};
 use crate::limits;
 use std::net::SocketAddr;
@@ -31,13 +33,16 @@ pub trait EpochService: Send + Sync + 'static {
 /// The service, ready to be added to a [`super::transport::server`].
 pub fn epoch_routes(service: Arc<impl EpochService>) -> Routes {
     Routes::new(
-        wire::epochs_server::EpochsServer::new(Adapter(service))
+        wire::epochs_server::EpochsServer::new(Adapter { service, lanes: Lanes::default() })
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES),
     )
 }
 
-struct Adapter<S>(Arc<S>);
+struct Adapter<S> {
+    service: Arc<S>,
+    lanes: Lanes,
+}
 
 #[tonic::async_trait]
 impl<S: EpochService> wire::epochs_server::Epochs for Adapter<S> {
@@ -48,8 +53,19 @@ impl<S: EpochService> wire::epochs_server::Epochs for Adapter<S> {
         request: Request<Streaming<wire::PrimaryMessage>>,
     ) -> Result<Response<Self::ReplicateStream>, Status> {
         let peer = request.remote_addr();
-        let outbound = self.0.replicate(peer, checked(request.into_inner())).await?;
+        let inbound = self.lanes.merged(checked(request.into_inner()));
+        let outbound = self.service.replicate(peer, inbound).await?;
         Ok(Response::new(Box::pin(outbound.map(|m| Ok(m.into())))))
+    }
+
+    type CarryStream = Pin<Box<dyn Stream<Item = Result<wire::LaneReply, Status>> + Send>>;
+
+    async fn carry(
+        &self,
+        request: Request<Streaming<wire::LaneMessage>>,
+    ) -> Result<Response<Self::CarryStream>, Status> {
+        let end = self.lanes.attach(checked(request.into_inner())).await?;
+        Ok(Response::new(Box::pin(end.map(|never| match never {}))))
     }
 
     async fn probe(
@@ -57,7 +73,7 @@ impl<S: EpochService> wire::epochs_server::Epochs for Adapter<S> {
         request: Request<wire::ProbeRequest>,
     ) -> Result<Response<wire::ProbeReply>, Status> {
         let request = request.into_inner().try_into().map_err(Failure::from)?;
-        Ok(Response::new(self.0.probe(request).await?.into()))
+        Ok(Response::new(self.service.probe(request).await?.into()))
     }
 }
 
@@ -94,12 +110,33 @@ impl EpochsClient {
     ///
     /// # Errors
     /// If the backup cannot be reached or does not take the stream.
-    pub async fn replicate(
+    pub async fn replicate<M: Into<MainMessage> + 'static>(
         &mut self,
-        outbound: impl Stream<Item = PrimaryMessage> + Send + 'static,
+        outbound: impl Stream<Item = M> + Send + 'static,
     ) -> Result<FallibleStream<BackupMessage>, Failure> {
-        let response = self.0.replicate(outbound.map(wire::PrimaryMessage::from)).await?;
+        let response =
+            self.0.replicate(outbound.map(|message| wire::PrimaryMessage::from(message.into()))).await?;
         Ok(checked(response.into_inner()))
+    }
+
+    /// Opens a lane of a stream, over this connection. What it returns is ready when the lane has ended, with the reason;
+    /// dropping it ends the lane at once.
+    ///
+    /// # Errors
+    /// If the backup cannot be reached or does not take the lane.
+    pub async fn carry(
+        &mut self,
+        open: LaneOpen,
+        frames: impl Stream<Item = LaneFrame> + Send + 'static,
+    ) -> Result<futures::future::BoxFuture<'static, String>, Failure> {
+        let messages = tokio_stream::once(LaneMessage::Open(open)).chain(frames.map(LaneMessage::Frame));
+        let mut replies = self.0.carry(messages.map(wire::LaneMessage::from)).await?.into_inner();
+        Ok(Box::pin(async move {
+            match replies.message().await {
+                Ok(_) => "the backup has ended it".to_owned(),
+                Err(status) => Failure::from(status).reason,
+            }
+        }))
     }
 
     /// Asks the backup about itself.

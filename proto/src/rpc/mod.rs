@@ -8,6 +8,8 @@ mod convert;
 pub mod epoch;
 mod epoch_convert;
 mod epoch_service;
+pub mod lane;
+mod lane_merge;
 pub mod owner;
 mod secure;
 pub mod status;

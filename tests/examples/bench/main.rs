@@ -6,6 +6,7 @@ mod guest;
 mod autopilot;
 mod captured;
 mod codec;
+mod connections;
 mod governor;
 mod memory;
 mod pause;
@@ -105,6 +106,12 @@ enum Bench {
         #[arg(long, default_value_t = 150)]
         epochs: usize,
     },
+    /// Epochs by one connection and by several, with and without a limit of each
+    Connections {
+        /// Of each size and link
+        #[arg(long, default_value_t = 21)]
+        epochs: usize,
+    },
     /// Memory of encoder and image beyond what they must have
     Memory {
         /// Memory of the guest
@@ -146,6 +153,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Wire { epochs, traces } => wire::run(epochs, &traces)?,
         Bench::Record(order) => return record::run(&order),
         Bench::Governor { epochs } => governor::run(epochs)?,
+        Bench::Connections { epochs } => connections::run(epochs)?,
         Bench::Memory { mib } => memory::run(mib)?,
         Bench::Response { requests, pages, mib } => response::run(requests, pages, mib)?,
         Bench::Plot { files, into } => return files.iter().try_for_each(|file| plot::run(file, &into)),

@@ -247,6 +247,7 @@ fn protect_and_kill(
             qemu_version: String::new(),
             machine: "micro".to_owned(),
             persistent: false,
+            lane_key: None,
         },
         to: address.to_owned(),
         security: understudy_proto::rpc::transport::Security::Plain,
@@ -265,6 +266,7 @@ fn protect_and_kill(
         host,
         source: Box::new(MicroSource::new(guest.vm.clone()).unwrap()),
         // Loopback is too fast for the governor to find anything worthwhile: every codec, and the shipped choice.
+        connections: 4,
         encoding: Encoding {
             compress: if generation.0.is_multiple_of(3) { Compress::Auto } else { Compress::Always },
             cache_bytes: 4 << 20,

@@ -226,6 +226,7 @@ impl PrimaryHost {
                 qemu_version: String::new(),
                 machine: "pc".to_owned(),
                 persistent: false,
+                lane_key: None,
             },
             to: backup.address.clone(),
             security: Security::Plain,
@@ -244,6 +245,7 @@ impl PrimaryHost {
             barrier: Box::new(|_| Ok(())),
             output,
             encoding: Encoding { compress: Compress::Auto, cache_bytes: CACHE_BYTES, pool: Pool::single() },
+            connections: 4,
         };
         let handle = self.runtime()?.block_on(agent::start(plan)).map_err(|reason| anyhow!(reason))?;
         Ok(Protection { host: self, handle })

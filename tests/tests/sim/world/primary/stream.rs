@@ -30,6 +30,7 @@ impl World {
             qemu_version: String::new(),
             machine: String::new(),
             persistent: false,
+            lane_key: None,
         };
         self.send(stream, Side::Primary, Message::Forth(PrimaryMessage::Hello(hello)));
     }
