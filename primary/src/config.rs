@@ -94,6 +94,11 @@ pub struct Config {
     #[arg(long, value_name = "DIR")]
     pub dump_dir: Option<PathBuf>,
 
+    /// Test hook: write what is captured of each guest into a folder of its name there.
+    #[cfg(feature = "test-hooks")]
+    #[arg(long, value_name = "DIR")]
+    pub record_dir: Option<PathBuf>,
+
     /// Test hook: plain TCP also to other hosts.
     #[cfg(feature = "test-hooks")]
     #[arg(

@@ -15,6 +15,8 @@ pub mod hooks;
 pub mod life;
 pub mod metadata;
 pub mod protect;
+#[cfg(feature = "test-hooks")]
+pub mod record;
 pub mod replicate;
 pub mod state_file;
 pub mod stats;

@@ -17,7 +17,7 @@ use understudy_proto::rpc::transport::Security;
 use understudy_proto::rpc::{EpochsClient, Failure, FailureKind, transport};
 
 use crate::agent::{Agent, Barrier, Gate, LibvirtGuest, Output, Plan};
-use crate::capture::{ColoOptions, ColoSource};
+use crate::capture::{CheckpointSource, ColoOptions, ColoSource};
 use crate::config;
 use crate::egress::{self, NetlinkGate, OutputGate, SharedKeeper};
 use crate::encode::Encoding;
@@ -390,7 +390,7 @@ fn plan(agent: &Agent, wanted: &ProtectedGuest, facts: Facts, attended: bool) ->
         },
         libvirt_version: facts.libvirt_version,
         host: guest,
-        source: Box::new(source),
+        source: recorded(agent, &wanted.name, Box::new(source)),
         barrier: barrier(agent, &domain),
         output,
         encoding: Encoding { pool: agent.pool.clone(), ..agent.config.encoding() },
@@ -412,6 +412,19 @@ fn options(agent: &Agent) -> ColoOptions {
         return options;
     }
     ColoOptions { checkpoint_limit: DUMP_LIMIT, silence_stopped: DUMP_LIMIT, ..options }
+}
+
+#[cfg(not(feature = "test-hooks"))]
+fn recorded(_agent: &Agent, _domain: &str, source: Box<dyn CheckpointSource>) -> Box<dyn CheckpointSource> {
+    source
+}
+
+#[cfg(feature = "test-hooks")]
+fn recorded(agent: &Agent, domain: &str, source: Box<dyn CheckpointSource>) -> Box<dyn CheckpointSource> {
+    match &agent.config.record_dir {
+        Some(folder) => Box::new(crate::record::Recording::new(source, folder.join(domain))),
+        None => source,
+    }
 }
 
 /// What is done at every stop beside the gate: nothing, until there are disks.

@@ -1,17 +1,25 @@
 //! `cargo xtask record`: traces of what real Linux guests do to their memory, for `bench wire`.
 //!
-//! Each guest boots the lab's kernel with programs of this machine's Debian in its initramfs, and is emulated, so it needs no lab.
+//! Each guest boots the lab's kernel with programs of this machine's Debian in its initramfs, under KVM in a host of the lab, and is
+//! protected; what capture gives is recorded (`--record-dir`, a hook of the lab's agents).
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::assets::cpio::Archive;
 use crate::assets::initramfs;
-use crate::assets::kernel::{Flavour, Kernel};
+use crate::lab::Lab;
+use crate::lab::cli::booted;
+use crate::lab::domain::GuestSpec;
+use crate::lab::plan::HostName::Alpha;
+use crate::lab::roots::Roots;
+use crate::lab::state::LabDir;
+use crate::lab::understudy::Role;
+use crate::ui::Steps;
 use crate::{process, workspace};
 
 /// A workload and the programs it needs beside busybox.
@@ -24,36 +32,81 @@ struct Workload {
 }
 
 const WORKLOADS: [Workload; 5] = [
-    Workload { name: "idle", programs: &[], epochs: 60, epoch_ms: 250 },
-    Workload { name: "redis", programs: &["redis-server", "redis-benchmark"], epochs: 40, epoch_ms: 250 },
-    Workload { name: "sqlite", programs: &["sqlite3"], epochs: 20, epoch_ms: 25 },
-    Workload { name: "gcc", programs: &["cc1", "as"], epochs: 8, epoch_ms: 50 },
-    Workload { name: "gzip", programs: &["gzip"], epochs: 8, epoch_ms: 20 },
+    Workload { name: "idle", programs: &[], epochs: 40, epoch_ms: 500 },
+    Workload { name: "redis", programs: &["redis-server", "redis-benchmark"], epochs: 24, epoch_ms: 500 },
+    Workload { name: "sqlite", programs: &["sqlite3"], epochs: 20, epoch_ms: 500 },
+    Workload { name: "gcc", programs: &["cc1", "as"], epochs: 10, epoch_ms: 500 },
+    Workload { name: "gzip", programs: &["gzip"], epochs: 10, epoch_ms: 500 },
 ];
 
-/// For one recording, its build included.
+/// Of the lab, for all of them.
+const LIFETIME: Duration = Duration::from_secs(1800);
+/// Until a guest's workload runs: it unpacks its programs on an emulated host.
+const READY_LIMIT: Duration = Duration::from_secs(300);
+/// What the guest's first program says on its console then.
+const READY: &str = "WORKLOAD READY";
+/// A full copy, or one epoch.
+const EPOCH_LIMIT: Duration = Duration::from_secs(180);
+/// Making the trace of it, the build included.
 const LIMIT: Duration = Duration::from_secs(1200);
+const GUEST: &str = "g1";
+const MEMORY_MIB: u32 = 256;
 
 /// Records all, or those whose names are given, into `into`.
 pub(crate) fn run(names: &[String], into: &Path) -> Result<i32> {
+    process::ensure_root()?;
     let cache = workspace::lab_cache()?;
-    let kernel = Kernel::ensure(&cache, Flavour::Cloud)?;
     std::fs::create_dir_all(into)?;
+    let into = std::path::absolute(into)?;
+    let lab = booted(LabDir::unique(), Roots::default(), LIFETIME, true, false, &Steps::start())?;
     for workload in &WORKLOADS {
         if !names.is_empty() && !names.iter().any(|name| name == workload.name) {
             continue;
         }
-        let initrd = initrd(&cache, workload)?;
+        let image = initrd(&cache, workload)?;
+        std::fs::copy(&image, lab.dir().shared().join(format!("guest/record-{}.img", workload.name)))?;
+        let folder = record(&lab, workload).with_context(|| workload.name.to_owned())?;
         let mut cargo = crate::bench::measurement("record");
-        cargo.arg("--kernel").arg(kernel.image()).arg("--initrd").arg(&initrd);
-        cargo.args(["--workload", workload.name, "--epochs", &workload.epochs.to_string()]);
-        cargo.args(["--epoch-ms", &workload.epoch_ms.to_string(), "--out"]);
-        cargo.arg(std::path::absolute(into)?.join(format!("{}.trace.gz", workload.name)));
+        cargo.arg("--from").arg(&folder).args(["--epochs", &workload.epochs.to_string(), "--out"]);
+        cargo.arg(into.join(format!("{}.trace.gz", workload.name)));
         if !process::status(&mut cargo, LIMIT)?.success() {
-            bail!("{} was not recorded", workload.name);
+            bail!("no trace was made of {}", workload.name);
         }
     }
+    lab.down()?;
     Ok(0)
+}
+
+/// Starts the guest, protects it until there are enough epochs, and ends it; gives where they are.
+fn record(lab: &Lab, workload: &Workload) -> Result<PathBuf> {
+    crate::scenarios::clear(lab)?;
+    let folder = lab.dir().shared().join(format!("record-{}", workload.name));
+    let arguments = format!("--record-dir={}\n--epoch-ms={}", folder.display(), workload.epoch_ms);
+    lab.restart_agent(Alpha, Role::Primary, &arguments)?;
+    let name = Some(workload.name.to_owned());
+    lab.start_guest(Alpha, &GuestSpec { memory_mib: MEMORY_MIB, workload: name, ..GuestSpec::new(GUEST) })?;
+    println!("{}: the guest boots", workload.name);
+    let console = format!("grep -c '{READY}' /run/lab/{GUEST}.serial || true");
+    wait(READY_LIMIT, "the workload does not run", || Ok(lab.shell(Alpha, &console)?.trim() != "0"))?;
+    lab.protect(GUEST, Alpha)?;
+    println!("{}: the guest is protected", workload.name);
+    for number in 0..=workload.epochs {
+        let file = folder.join(format!("{GUEST}/{number}.frames"));
+        wait(EPOCH_LIMIT, &format!("epoch {number} does not come"), || Ok(file.is_file()))?;
+    }
+    lab.must_understudy(Alpha, &["unprotect", GUEST])?;
+    Ok(folder.join(GUEST))
+}
+
+fn wait(limit: Duration, why: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + limit;
+    while !done()? {
+        if Instant::now() >= end {
+            bail!("{why} within {limit:?}");
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
 }
 
 /// busybox, the programs, what they are linked with, and something to work on.

@@ -1,106 +1,45 @@
-//! Records what a Linux guest does to its memory. QEMU emulates it with its memory in a file; at the end of each epoch it is stopped,
-//! the file compared with what it was, and what differs is the epoch. Pages that were written with what they held are not seen, so
-//! a real epoch has some more, and those cost next to nothing.
+//! Makes a trace of what an agent with `--record-dir` has written of a guest.
 
-use std::io::Read;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
-use serde_json::Value;
-use understudy_libvirt::{Monitor, SocketMonitor};
+use anyhow::{Context, ensure};
+use understudy_proto::codec;
+use understudy_proto::frame::records;
+use understudy_proto::layout::{MemoryLayout, RamBlock};
 use understudy_proto::units::{PAGE_BYTES, PageData};
 
 use crate::recorded::Recorded;
 use crate::trace::Pages;
 
-/// What the guest's first program says on its console when the workload runs.
-const READY: &str = "WORKLOAD READY";
-const BOOT_LIMIT: Duration = Duration::from_secs(600);
-/// Between [`READY`] and the first epoch.
-const SETTLE: Duration = Duration::from_secs(5);
-
-/// What to record.
+/// What to make it of.
 #[derive(clap::Args)]
 pub(crate) struct Order {
-    /// Kernel of the guest
+    /// `blocks` and `N.frames`
     #[arg(long)]
-    kernel: PathBuf,
-    /// Its initramfs
+    from: PathBuf,
+    /// Epochs to take, from the first after the full copy
     #[arg(long)]
-    initrd: PathBuf,
-    /// Given to its init as `us.workload`
-    #[arg(long)]
-    workload: String,
-    /// Epochs to record
-    #[arg(long, default_value_t = 40)]
     epochs: usize,
-    /// How long each is; an emulated guest does in it what a real one does in a tenth or less
-    #[arg(long, default_value_t = 250)]
-    epoch_ms: u64,
-    /// Memory of the guest
-    #[arg(long, default_value_t = 256)]
-    mib: usize,
     /// The trace
     #[arg(long)]
     out: PathBuf,
 }
 
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 pub(crate) fn run(order: &Order) -> anyhow::Result<()> {
-    // In memory: it is read once for every epoch.
-    let dir = tempfile::tempdir_in("/dev/shm")?;
-    let (ram, socket, console) = (dir.path().join("ram"), dir.path().join("qmp"), dir.path().join("console"));
-    let backend =
-        format!("memory-backend-file,id=ram,size={}M,mem-path={},share=on", order.mib, ram.display());
-    let child = Command::new("qemu-system-x86_64")
-        .args(["-accel", "tcg", "-cpu", "max", "-m", &order.mib.to_string(), "-object", &backend])
-        .args(["-M", "pc,memory-backend=ram", "-nodefaults", "-display", "none", "-no-reboot"])
-        .arg("-kernel")
-        .arg(&order.kernel)
-        .arg("-initrd")
-        .arg(&order.initrd)
-        .args(["-append", &format!("console=ttyS0 quiet us.workload={}", order.workload)])
-        .arg("-serial")
-        .arg(format!("file:{}", console.display()))
-        .arg("-qmp")
-        .arg(format!("unix:{},server=on,wait=off", socket.display()))
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()
-        .context("qemu-system-x86_64")?;
-    let mut qemu = Killed(child);
-    let deadline = Instant::now() + BOOT_LIMIT;
-    loop {
-        let said = std::fs::read(&console).unwrap_or_default();
-        let said = String::from_utf8_lossy(&said).into_owned();
-        if said.contains(READY) {
-            break;
-        }
-        if Instant::now() > deadline || qemu.0.try_wait()?.is_some() {
-            bail!("the guest is not ready; its console: {said}");
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    std::thread::sleep(SETTLE);
-    let (monitor, _events) = SocketMonitor::connect(&socket)?;
-    let recorded = epochs(&monitor, &ram, order)?;
-    drop(qemu);
+    let layout = layout(&std::fs::read_to_string(order.from.join("blocks"))?)?;
+    let full = epoch(&order.from, 0, &layout)?;
+    let epochs = (1..=order.epochs).map(|number| epoch(&order.from, number, &layout));
+    let (recorded, same) = merge(&layout, full, epochs.collect::<anyhow::Result<_>>()?);
     recorded.write(&order.out)?;
-    let changed: usize = recorded.epochs.iter().map(Vec::len).sum();
+    let mut sizes: Vec<usize> = recorded.epochs.iter().map(Vec::len).collect();
+    sizes.sort_unstable();
     println!(
-        "{}: {} epochs, {changed} pages changed, {} of them different ones, {} KiB",
-        order.workload,
+        "{}: {} epochs, median {} pages; {} pages written, {same} of them with what they held, {} different ones, {} KiB",
+        order.out.display(),
         recorded.epochs.len(),
+        sizes.get(sizes.len() / 2).copied().unwrap_or_default(),
+        sizes.iter().sum::<usize>(),
         recorded.base.len(),
         std::fs::metadata(&order.out)?.len() >> 10,
     );
@@ -109,38 +48,63 @@ pub(crate) fn run(order: &Order) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn epochs(monitor: &SocketMonitor, ram: &Path, order: &Order) -> anyhow::Result<Recorded> {
-    monitor.execute("stop", Value::Null)?;
-    let mut memory = read(ram)?;
-    let first = memory.clone();
-    let mut epochs: Vec<Pages> = Vec::new();
-    for _ in 0..order.epochs {
-        monitor.execute("cont", Value::Null)?;
-        std::thread::sleep(Duration::from_millis(order.epoch_ms));
-        monitor.execute("stop", Value::Null)?;
-        let now = read(ram)?;
-        let both = pages(&memory).iter().zip(pages(&now));
-        let changed = (0u64..).zip(both).filter(|(_, (before, now))| before != now);
-        epochs.push(changed.map(|(number, (_, now))| (number, Box::new(*now))).collect());
-        memory = now;
+/// A line is a block's bytes and its name.
+fn layout(blocks: &str) -> anyhow::Result<MemoryLayout> {
+    let block = |line: &str| {
+        let (bytes, name) = line.split_once(' ').with_context(|| format!("no block: {line}"))?;
+        Ok(RamBlock { used_bytes: bytes.parse()?, name: name.to_owned() })
+    };
+    let blocks = blocks.lines().map(block).collect::<anyhow::Result<_>>()?;
+    Ok(MemoryLayout::new(blocks, vec![], 2)?)
+}
+
+/// The pages of an epoch, numbered through all blocks; the last content of each.
+fn epoch(folder: &Path, number: usize, layout: &MemoryLayout) -> anyhow::Result<Pages> {
+    let file = folder.join(format!("{number}.frames"));
+    let frames = std::fs::read(&file).with_context(|| file.display().to_string())?;
+    let mut pages: BTreeMap<u64, Box<PageData>> = BTreeMap::new();
+    for record in records(&frames, layout) {
+        let record = record?;
+        let mut content = Box::new([0; PAGE_BYTES]);
+        codec::apply(&record, &mut content)?;
+        let before: u64 = layout.blocks().iter().take(record.block.0.into()).map(RamBlock::pages).sum();
+        pages.insert(before + record.page.get(), content);
     }
-    let mut touched: Vec<u64> = epochs.iter().flatten().map(|(number, _)| *number).collect();
-    touched.sort_unstable();
-    touched.dedup();
-    let all = pages(&first);
-    let base = touched.into_iter().filter_map(|number| {
-        let content = usize::try_from(number).ok().and_then(|at| all.get(at))?;
-        Some((number, Box::new(*content)))
-    });
-    Ok(Recorded::new(all.len() as u64, base.collect(), epochs))
+    Ok(pages.into_iter().collect())
 }
 
-fn read(ram: &Path) -> anyhow::Result<Vec<u8>> {
-    let mut content = Vec::new();
-    std::fs::File::open(ram)?.read_to_end(&mut content)?;
-    Ok(content)
+/// Of the full copy only the pages matter that an epoch touches; one that is not in it was zeros. Also gives how many pages
+/// were written with what they held.
+fn merge(layout: &MemoryLayout, full: Pages, epochs: Vec<Pages>) -> (Recorded, usize) {
+    let touched: BTreeSet<u64> = epochs.iter().flatten().map(|(number, _)| *number).collect();
+    let full: BTreeMap<u64, Box<PageData>> = full.into_iter().collect();
+    let content = |number| full.get(&number).cloned().unwrap_or_else(|| Box::new([0; PAGE_BYTES]));
+    let base: Pages = touched.into_iter().map(|number| (number, content(number))).collect();
+    let mut memory: BTreeMap<u64, &PageData> = base.iter().map(|(number, page)| (*number, &**page)).collect();
+    let written = epochs.iter().flatten();
+    let same = written.filter(|(number, now)| memory.insert(*number, now) == Some(now)).count();
+    let pages = layout.blocks().iter().map(RamBlock::pages).sum();
+    (Recorded::new(pages, base, epochs), same)
 }
 
-fn pages(memory: &[u8]) -> &[PageData] {
-    memory.as_chunks::<PAGE_BYTES>().0
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_touched_pages_are_the_base_and_pages_rewritten_alike_stay() {
+        let layout = layout("8192 pc.ram\n4096 a block\n").unwrap();
+        let page = |number, byte| (number, Box::new([byte; PAGE_BYTES]));
+        let full = vec![page(0, 1), page(1, 2)];
+        let (recorded, same) = merge(&layout, full, vec![vec![page(1, 2), page(2, 0)], vec![page(1, 3)]]);
+        assert_eq!((recorded.guest_pages, same), (3, 2));
+        assert_eq!(recorded.base, [page(1, 2), page(2, 0)]);
+        assert_eq!(recorded.epochs, [vec![page(1, 2), page(2, 0)], vec![page(1, 3)]]);
+    }
+
+    #[test]
+    fn blocks_are_read_and_nonsense_is_refused() {
+        assert_eq!(layout("4096 0000:00:02.0/a b\n").unwrap().blocks()[0].name, "0000:00:02.0/a b");
+        assert!(layout("pc.ram").is_err());
+    }
 }

@@ -19,6 +19,8 @@ pub(crate) struct GuestSpec {
     pub(crate) video: String,
     /// Its network card on the LAN.
     pub(crate) card: Card,
+    /// What it runs instead of the program that counts: see `record`.
+    pub(crate) workload: Option<String>,
     /// Put in among the devices as it is.
     pub(crate) extra_devices: String,
 }
@@ -72,6 +74,7 @@ impl GuestSpec {
             huge_pages: false,
             video: "none".into(),
             card: Card::default(),
+            workload: None,
             extra_devices: String::new(),
         }
     }
@@ -79,11 +82,16 @@ impl GuestSpec {
     /// The domain's XML. No USB, and no graphics unless asked for: what this guest has not cannot slow it down, nor can
     /// what its kernel does not look for.
     pub(crate) fn xml(&self, lab: &LabDir) -> String {
-        let Self { name, machine, vcpus, memory_mib, kind, huge_pages, video, card, extra_devices } = self;
+        let Self { name, machine, vcpus, memory_mib, kind, huge_pages, video, card, workload, extra_devices } =
+            self;
         let (attached, source) = card.xml();
         let backing = if *huge_pages { "<memoryBacking><hugepages/></memoryBacking>" } else { "" };
         let files = lab.shared().join("guest");
         let files = files.display();
+        let (initrd, more) = match workload {
+            Some(workload) => (format!("record-{workload}.img"), format!(" us.workload={workload}")),
+            None => ("initramfs.img".to_owned(), String::new()),
+        };
         let address = guest_address(name);
         let mac = guest_mac(name);
         let cpu = if kind == "kvm" { "<cpu mode='host-passthrough'/>" } else { "" };
@@ -96,8 +104,8 @@ impl GuestSpec {
   <os>
     <type arch='x86_64' machine='{machine}'>hvm</type>
     <kernel>{files}/vmlinuz</kernel>
-    <initrd>{files}/initramfs.img</initrd>
-    <cmdline>console=ttyS0 quiet mitigations=off i8042.noaux i8042.nokbd 8250.nr_uarts=1 us.name={name} us.address={address}/24</cmdline>
+    <initrd>{files}/{initrd}</initrd>
+    <cmdline>console=ttyS0 quiet mitigations=off i8042.noaux i8042.nokbd 8250.nr_uarts=1 us.name={name} us.address={address}/24{more}</cmdline>
   </os>
   <features><acpi/><apic/></features>
   {cpu}

@@ -267,7 +267,7 @@ fn up(lab: &Lab, host: HostName) -> Result<()> {
 }
 
 /// Both hosts up, every cable plugged in, no guest anywhere.
-fn clear(lab: &Lab) -> Result<()> {
+pub(crate) fn clear(lab: &Lab) -> Result<()> {
     for net in [Net::Lan, Net::Repl] {
         lab.heal(Link { net, host: None })?;
     }
