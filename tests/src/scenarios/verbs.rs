@@ -130,13 +130,11 @@ fn save(lab: &Lab) -> Result<()> {
     }
     let now = Guest::wait(lab.dir(), "g1", UP)?.count()?;
     ensure!(now.boot == before.boot && now.total >= before.total, "{before:?}, then {now:?}");
-    if on == Alpha {
-        if spoiled(lab)? {
-            println!("    the guest runs on, its QEMU cannot be checkpointed any more");
-            wait_shown(lab, Alpha, &["value=\"failed\"", "code=\"migration-active\"", "virsh shutdown"])?;
-            only_once(lab)?;
-            lab.shell(Alpha, "virsh -q destroy g1 && virsh -q start g1")?;
-        }
+    if on == Alpha && spoiled(lab)? {
+        println!("    the guest runs on, its QEMU cannot be checkpointed any more");
+        wait_shown(lab, Alpha, &["value=\"failed\"", "code=\"migration-active\"", "virsh shutdown"])?;
+        only_once(lab)?;
+        lab.shell(Alpha, "virsh -q destroy g1 && virsh -q start g1")?;
     }
     // After a failover the element, which names beta, has it protected back.
     wait_shown(lab, on, &["value=\"protected\"", &format!("backup=\"{}\"", on.other())])?;
