@@ -3,7 +3,7 @@
 
 #[path = "../../tests/lanes/pair.rs"]
 #[allow(dead_code, reason = "the test of the same name needs more of it")]
-mod pair;
+pub(crate) mod pair;
 
 use understudy_proto::epoch::EpochKind;
 
@@ -13,7 +13,7 @@ use pair::{Pair, noise};
 /// 1 Gbit/s.
 const LIMIT: f64 = 125e6;
 
-/// As an agent that is told nothing has it.
+/// Of which the agents' default, 1, is the other subject.
 const CONNECTIONS: usize = 4;
 
 /// Epochs in which the policy may find out, with a limit.

@@ -22,14 +22,13 @@ use understudy_proto::layout::{MemoryLayout, RamBlock};
 use understudy_proto::rpc::epoch::Seed;
 use understudy_proto::units::PAGE_BYTES;
 
+use crate::connections::pair::throttle;
 use crate::trace::{Epochs, GUEST_PAGES, Maker, Pages, Trace};
 use crate::wire::captured;
 use crate::{Report, ms};
 
 /// 1 Gbit/s.
 const LIMIT: f64 = 125e6;
-/// What the relay lets through at once.
-const PIECE: usize = 64 << 10;
 /// Frames between encoder and link, as in the agent.
 const FRAMES: usize = 8;
 /// Epochs in which the governor gets to know the link and the pages.
@@ -269,17 +268,7 @@ fn connection(limit: Option<f64>) -> anyhow::Result<(TcpStream, TcpStream)> {
     }
     let (near, far) = (theirs, pair()?);
     let (mut from, mut to) = (near.try_clone()?, far.0.try_clone()?);
-    std::thread::spawn(move || {
-        let (mut buffer, mut free) = (vec![0; PIECE], Instant::now());
-        while let Ok(count @ 1..) = from.read(&mut buffer) {
-            let Some(piece) = buffer.get(..count) else { return };
-            free = free.max(Instant::now()) + Duration::from_secs_f64(count as f64 / rate);
-            std::thread::sleep(free.saturating_duration_since(Instant::now()));
-            if to.write_all(piece).is_err() {
-                return;
-            }
-        }
-    });
+    std::thread::spawn(move || throttle(&mut from, &mut to, rate));
     // Answers are small.
     let (mut from, mut to) = (far.0, near);
     std::thread::spawn(move || std::io::copy(&mut from, &mut to));

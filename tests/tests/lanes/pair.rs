@@ -283,15 +283,7 @@ impl Relay {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).push(near.try_clone()?);
         let (mut from, mut into) = (near.try_clone()?, far.try_clone()?);
         std::thread::spawn(move || {
-            let (mut buffer, mut free) = (vec![0; PIECE], Instant::now());
-            while let Ok(count @ 1..) = from.read(&mut buffer) {
-                let Some(piece) = buffer.get(..count) else { return };
-                free = free.max(Instant::now()) + Duration::from_secs_f64(count as f64 / rate);
-                std::thread::sleep(free.saturating_duration_since(Instant::now()));
-                if into.write_all(piece).is_err() {
-                    break;
-                }
-            }
+            throttle(&mut from, &mut into, rate);
             let _ = into.shutdown(std::net::Shutdown::Write);
         });
         let (mut from, mut into) = (far, near);
@@ -306,6 +298,19 @@ impl Relay {
     pub(crate) fn cut_last(&self) {
         if let Some(last) = self.open.lock().unwrap_or_else(PoisonError::into_inner).pop() {
             let _ = last.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+/// Copies so many bytes a second until either side ends.
+pub(crate) fn throttle(from: &mut TcpStream, into: &mut TcpStream, rate: f64) {
+    let (mut buffer, mut free) = (vec![0; PIECE], Instant::now());
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        let Some(piece) = buffer.get(..count) else { return };
+        free = free.max(Instant::now()) + Duration::from_secs_f64(count as f64 / rate);
+        std::thread::sleep(free.saturating_duration_since(Instant::now()));
+        if into.write_all(piece).is_err() {
+            return;
         }
     }
 }

@@ -265,8 +265,8 @@ fn protect_and_kill(
         output: Output::Ungated,
         host,
         source: Box::new(MicroSource::new(guest.vm.clone()).unwrap()),
-        // Loopback is too fast for the governor to find anything worthwhile: every codec, and the shipped choice.
         connections: 4,
+        // Loopback is too fast for the governor to find anything worthwhile: every codec, and the shipped choice.
         encoding: Encoding {
             compress: if generation.0.is_multiple_of(3) { Compress::Auto } else { Compress::Always },
             cache_bytes: 4 << 20,
