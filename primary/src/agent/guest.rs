@@ -3,7 +3,7 @@
 mod shown;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
@@ -147,7 +147,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
     let (reports_in, reports) = mpsc::channel(64);
     let (replicator, orders) =
         Replicator::new(plan.to.clone(), plan.security, replicator, plan.connections, reports_in);
-    let sent_bytes = replicator.sent_bytes();
+    let (sent_bytes, connections) = (replicator.sent_bytes(), replicator.connections());
     let encoder = Encoder::start(&name, plan.encoding, replicator.link_meter())?;
     let span = info_span!("guest", domain = name, generation = %plan.settings.generation);
     let stream = tokio::spawn(replicator.run().instrument(span.clone()));
@@ -173,6 +173,7 @@ pub async fn start(plan: Plan) -> Result<Handle, String> {
         snapshots,
         stats: Stats::default(),
         sent_bytes,
+        connections,
         sent_before: 0,
         encoder,
         progress: Arc::default(),
@@ -206,6 +207,8 @@ pub(super) struct Guest {
     snapshots: watch::Sender<Snapshot>,
     stats: Stats,
     sent_bytes: Arc<AtomicU64>,
+    /// To the backup.
+    connections: Arc<AtomicUsize>,
     /// As they were at the last commit.
     sent_before: u64,
     encoder: Encoder,

@@ -263,6 +263,9 @@ pub struct GuestStatus {
     /// How it is protected. Absent: not by this agent.
     #[prost(message, optional, tag = "110")]
     pub settings: ::core::option::Option<GuestSettings>,
+    /// Connections that its epochs go by now. Absent: no stream to its backup, or not known by this agent.
+    #[prost(uint32, optional, tag = "120")]
+    pub connections: ::core::option::Option<u32>,
 }
 /// How the pages of a guest are encoded; counts are since its protection began.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -251,6 +251,8 @@ pub struct GuestStatus {
     pub pace: String,
     /// How it is protected, if by this agent.
     pub settings: Option<GuestSettings>,
+    /// Connections that its epochs go by now.
+    pub connections: Option<u32>,
 }
 
 impl GuestStatus {
@@ -286,6 +288,7 @@ impl GuestStatus {
             encoding: None,
             pace: String::new(),
             settings: None,
+            connections: None,
         }
     }
 }

@@ -368,6 +368,7 @@ impl TryFrom<wire::GuestStatus> for domain::GuestStatus {
             encoding: m.encoding.map(TryInto::try_into).transpose()?,
             pace: text("pace", m.pace)?,
             settings: m.settings.map(TryInto::try_into).transpose()?,
+            connections: m.connections,
         })
     }
 }
@@ -404,6 +405,7 @@ impl From<domain::GuestStatus> for wire::GuestStatus {
             encoding: m.encoding.map(Into::into),
             pace: shortened(m.pace),
             settings: m.settings.map(Into::into),
+            connections: m.connections,
         }
     }
 }

@@ -78,6 +78,8 @@ impl Guest {
             status.epoch_ms = u32::try_from(view.epoch.as_millis()).ok();
             status.pace = view.pace;
             status.bytes_total = self.sent_bytes.load(Ordering::Relaxed);
+            let connections = self.connections.load(Ordering::Relaxed);
+            status.connections = u32::try_from(connections).ok().filter(|connections| *connections > 0);
             status.encoding = Some(self.encoder.report());
             snapshot.committed_at = self.committed_at;
             snapshot.handed_over = view.handed_over;
