@@ -55,7 +55,7 @@ pub struct Config {
 
     /// Connections that the epochs of a guest go by at most. A further one is opened where it makes them faster, and closed
     /// where it does not; 1 never opens one.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub connections: u8,
 
     /// Name of this host in messages; libvirt's name for it by default.

@@ -89,8 +89,14 @@ fn save_and_restore(lab: &Lab, on: HostName, boot: &str) -> Result<()> {
     Ok(())
 }
 
-/// Protects the guest, waits for ten epochs and a standby that is as `standby` says, and cuts the power of its host.
+/// Protects the guest and cuts the power of its host.
 pub(super) fn cut(lab: &Lab, on: HostName, boot: &str, standby: &str) -> Result<()> {
+    protect(lab, on, standby)?;
+    cut_protected(lab, on, boot)
+}
+
+/// Protects the guest, and waits for ten epochs and a standby that is as `standby` says.
+pub(super) fn protect(lab: &Lab, on: HostName, standby: &str) -> Result<()> {
     lab.protect("g1", on)?;
     let protected = lab.status(on, Role::Primary, "g1")?.context("the primary does not know the guest")?;
     let start = protected.committed_epoch().unwrap_or(0);
@@ -101,6 +107,12 @@ pub(super) fn cut(lab: &Lab, on: HostName, boot: &str, standby: &str) -> Result<
     lab.wait_status((backup, Role::Backup), "g1", LIMIT, |status| {
         status.text("standby").starts_with(standby)
     })?;
+    Ok(())
+}
+
+/// Cuts the power of the host of a protected guest, and promotes: it goes on, from the last committed epoch.
+pub(super) fn cut_protected(lab: &Lab, on: HostName, boot: &str) -> Result<()> {
+    let backup = on.other();
     let observer = Observer::start(lab.dir(), "g1");
     observer.first_after(Instant::now(), LIMIT).context("the client saw nothing of the protected guest")?;
     lab.power_off(on)?;

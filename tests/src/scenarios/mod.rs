@@ -3,6 +3,7 @@
 mod admin;
 mod basics;
 mod cards;
+mod connections;
 mod exactness;
 mod failover;
 pub(crate) mod latency;
@@ -61,6 +62,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     lifecycle::SCENARIOS,
     exactness::SCENARIOS,
     failover::SCENARIOS,
+    connections::SCENARIOS,
     output::SCENARIOS,
     owner::SCENARIOS,
     verified::SCENARIOS,
@@ -73,8 +75,14 @@ const SCENARIOS: &[&[Scenario]] = &[
 const VARIANTS: &[&[Scenario]] = &[exactness::ON_REQUEST, failover::ON_REQUEST];
 
 /// Played when they are asked for by name, as campaigns do.
-const LONG: &[&[Scenario]] =
-    &[verified::ON_REQUEST, owner::ON_REQUEST, traffic::ON_REQUEST, cards::ON_REQUEST, verbs::ON_REQUEST];
+const LONG: &[&[Scenario]] = &[
+    verified::ON_REQUEST,
+    owner::ON_REQUEST,
+    traffic::ON_REQUEST,
+    cards::ON_REQUEST,
+    verbs::ON_REQUEST,
+    connections::ON_REQUEST,
+];
 
 /// How long a guest may take until it answers.
 const UP: Duration = Duration::from_secs(120);
