@@ -332,8 +332,9 @@ impl Replicator {
             PrimaryMessage::Device(piece) => piece.data.len(),
             _ => 0,
         };
-        // There was room a moment ago, and nobody else sends.
-        if live.outbound.try_send(message) {
+        let heartbeat = matches!(message, PrimaryMessage::Heartbeat(_));
+        // There was room a moment ago, and nobody else sends. A heartbeat is nothing of an epoch that is under way.
+        if live.outbound.try_send(message) && !heartbeat {
             self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
             let sample = self.meter.sent(bytes as u64, self.queue.is_empty(), Instant::now());
             self.measured(sample);

@@ -23,10 +23,10 @@ pub(super) const ON_REQUEST: &[Scenario] =
 const LIMIT: Duration = Duration::from_secs(180);
 
 /// Of each connection: less than an emulated host sends.
-const RATE: &str = "16mbit";
+const RATE: &str = "40mbit";
 
 /// Pages that the guest rewrites all the time: an epoch of them takes the link long enough to tell.
-const PAGES: u32 = 600;
+const PAGES: u32 = 400;
 
 /// The agent is told to use several connections and to leave pages as they are, and neither stays for whoever comes next.
 fn restored(lab: &Lab, scenario: fn(&Lab, &str) -> Result<()>) -> Result<()> {

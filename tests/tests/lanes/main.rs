@@ -19,19 +19,19 @@ fn write(model: &mut [u8], pages: &[(u64, Box<PageData>)]) {
     }
 }
 
-/// Sends epochs until so many connections are used; the model of the image, and the salt that comes next.
-fn widened(pair: &mut Pair, wanted: usize) -> (Vec<u8>, u64) {
+/// Sends epochs, at most so many, until so many connections are used; the model of the image, and the salt that comes next.
+fn widened(pair: &mut Pair, wanted: usize, most: u64) -> (Vec<u8>, u64) {
     let mut model = vec![0; usize::try_from(PAGES).unwrap() * PAGE_BYTES];
     let all = noise(0..PAGES, 0);
     pair.epoch(Full, &all).unwrap();
     write(&mut model, &all);
-    for salt in 1..200 {
+    for salt in 1..most {
         if pair.connections() >= wanted {
             return (model, salt);
         }
         delta(pair, &mut model, salt);
     }
-    panic!("{} connections after 200 epochs", pair.connections());
+    panic!("{} connections after {most} epochs", pair.connections());
 }
 
 /// Half of memory, in an order of its own; some pages twice, the later one counts.
@@ -45,7 +45,7 @@ fn delta(pair: &mut Pair, model: &mut [u8], salt: u64) {
 #[test]
 fn epochs_by_several_connections_arrive_exactly() {
     let mut pair = Pair::open(PAGES, 3, Some(RATE)).unwrap();
-    let (mut model, from) = widened(&mut pair, 3);
+    let (mut model, from) = widened(&mut pair, 3, 200);
     for salt in from..from + 30 {
         delta(&mut pair, &mut model, salt);
     }
@@ -56,7 +56,7 @@ fn epochs_by_several_connections_arrive_exactly() {
 #[test]
 fn a_lane_that_breaks_costs_a_stream_and_no_epoch() {
     let mut pair = Pair::open(PAGES, 2, Some(RATE)).unwrap();
-    let (mut model, from) = widened(&mut pair, 2);
+    let (mut model, from) = widened(&mut pair, 2, 200);
     for salt in from..from + 20 {
         if salt == from + 3 {
             // Idle, or in the middle of the epoch that follows: both may happen.
@@ -80,4 +80,13 @@ fn who_wants_one_connection_has_one() {
         assert_eq!(pair.connections(), 1);
     }
     assert!(pair.image().unwrap() == model);
+}
+
+/// A link on which an epoch takes longer than from one heartbeat to the next, which are no part of it.
+#[test]
+fn a_slow_link_is_taken_for_what_it_is() {
+    let mut pair = Pair::open(PAGES, 2, Some(1.5e6)).unwrap();
+    let (mut model, from) = widened(&mut pair, 2, 20);
+    delta(&mut pair, &mut model, from);
+    assert!(pair.image().unwrap() == model, "the image is not what was sent");
 }
