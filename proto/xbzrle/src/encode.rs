@@ -114,10 +114,10 @@ pub(crate) fn measure(mask: &Mask) -> usize {
 /// Inlined like [`measure`].
 #[inline(always)]
 pub(crate) fn write(mask: &Mask, new: &Page, out: &mut [u8]) -> Outcome {
-    let borders = Borders::of(mask);
-    if borders.runs == 0 {
+    if mask.iter().fold(0, |all, word| all | word) == 0 {
         return Outcome::Unchanged;
     }
+    let borders = Borders::of(mask);
     // What it takes at least; nearly always all it takes.
     if borders.run_bytes + 2 * borders.runs > out.len() {
         return Outcome::DoesNotPay;

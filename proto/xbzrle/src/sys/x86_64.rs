@@ -1,8 +1,8 @@
 //! AVX2 and AVX-512.
 
 use std::arch::x86_64::{
-    __m256i, __m512i, _mm256_cmpeq_epi8, _mm256_loadu_si256, _mm256_movemask_epi8, _mm512_cmpneq_epi8_mask,
-    _mm512_loadu_si512,
+    __m256i, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_cmpeq_epi8, _mm256_loadu_si256, _mm256_movemask_epi8,
+    _mm512_cmpneq_epi8_mask, _mm512_loadu_si512,
 };
 
 use crate::encode::{Outcome, measure, write};
@@ -10,6 +10,19 @@ use crate::mask::{Mask, PADDED_WORDS, WORDS};
 use crate::{PAGE_BYTES, Page};
 
 const _: () = assert!(PAGE_BYTES == WORDS * 64);
+
+/// How far ahead of what is compared the memory is asked for what comes then, in bytes. The processor's own look ahead ends with a
+/// page, where callers mostly have the next one, and begins anew with it.
+const AHEAD: usize = 1024;
+
+/// Has the memory behind both on its way. What is not there, or nobody's, is left out by the processor.
+#[inline]
+#[target_feature(enable = "sse")]
+fn ahead(old: &[u8], new: &[u8]) {
+    for behind in [old.as_ptr().wrapping_add(AHEAD), new.as_ptr().wrapping_add(AHEAD)] {
+        _mm_prefetch::<_MM_HINT_T0>(behind.cast());
+    }
+}
 
 macro_rules! backend {
     ($(#[$about:meta])* $name:ident, $mask:ident, $($feature:tt),+) => {
@@ -60,6 +73,7 @@ fn mask_avx2(old: &Page, new: &Page) -> Mask {
     let ((old, _), (new, _)) = (old.as_chunks::<32>(), new.as_chunks::<32>());
     let halves = old.as_chunks::<2>().0.iter().zip(new.as_chunks::<2>().0);
     for (word, (old, new)) in mask[1..].iter_mut().zip(halves) {
+        ahead(old.as_flattened(), new.as_flattened());
         let equal = |half: usize| {
             // SAFETY: both are 32 bytes long, and the load needs no alignment.
             let (old, new) = unsafe {
@@ -81,6 +95,7 @@ fn mask_avx512(old: &Page, new: &Page) -> Mask {
     let mut mask = [0; PADDED_WORDS];
     let ((old, _), (new, _)) = (old.as_chunks::<64>(), new.as_chunks::<64>());
     for ((word, old), new) in mask[1..].iter_mut().zip(old).zip(new) {
+        ahead(old, new);
         // SAFETY: both are 64 bytes long, and the load needs no alignment.
         let (old, new) = unsafe {
             (
