@@ -38,6 +38,7 @@ pub const FEATURES: &[Feature] = &[
         meaning: "records of deltas may refer to the epoch before: unchanged, XBZRLE",
     },
     Feature { name: FEATURE_LZ4, meaning: "pages and batches of records may be LZ4 blocks" },
+    Feature { name: FEATURE_LONG_BATCHES, meaning: "batches may have 240 KiB of records, and not 60" },
     Feature { name: FEATURE_LANES, meaning: "page frames may come by further connections" },
 ];
 
@@ -46,6 +47,9 @@ pub const FEATURE_XBZRLE: &str = "codec/xbzrle";
 
 /// Name of the feature of LZ4 blocks.
 pub const FEATURE_LZ4: &str = "codec/lz4";
+
+/// Name of the feature of batches of up to [`limits::MAX_BATCH_BYTES`].
+pub const FEATURE_LONG_BATCHES: &str = "codec/long-batches";
 
 /// Name of the feature of frames by further connections.
 pub const FEATURE_LANES: &str = "lanes";

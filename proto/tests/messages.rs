@@ -290,7 +290,7 @@ fn what_does_not_fit_is_refused_with_the_field_named() {
         })
     };
     let table = [
-        (pages(1, limits::MAX_FRAME_BYTES + 1), "frame bytes is 327681, the limit is 327680"),
+        (pages(1, limits::MAX_FRAME_BYTES + 1), "frame bytes is 524289, the limit is 524288"),
         (pages(1, 0), "page frame is missing"),
         (pages(u64::MAX, 1), "epoch is invalid: 18446744073709551615, which has no successor"),
         (piece(0, limits::DEVICE_CHUNK_BYTES + 1), "device piece bytes is 262145, the limit is 262144"),

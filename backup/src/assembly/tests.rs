@@ -3,7 +3,7 @@
 use super::*;
 use crate::image::AnonymousMemory;
 use proptest::prelude::*;
-use understudy_proto::codec::PageEncoder;
+use understudy_proto::codec::{CodecSet, PageEncoder};
 use understudy_proto::frame::{FrameBuilder, FrameTotals};
 use understudy_proto::ids::{EpochId, Generation};
 use understudy_proto::layout::RamBlock;
@@ -59,7 +59,7 @@ fn writes() -> impl Strategy<Value = Vec<Write>> {
 }
 
 fn frames(writes: &[Write], kind: EpochKind, batched: bool) -> (Vec<Bytes>, FrameTotals) {
-    let mut builder = if batched { FrameBuilder::batched() } else { FrameBuilder::new() };
+    let mut builder = if batched { FrameBuilder::batched(CodecSet::ALL) } else { FrameBuilder::new() };
     let (mut encoder, mut frames, mut known) =
         (PageEncoder::new(), vec![], std::collections::BTreeSet::new());
     for (number, write) in writes.iter().enumerate() {

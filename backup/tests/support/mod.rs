@@ -22,7 +22,7 @@ use understudy_backup::promoter::{
 };
 use understudy_backup::server::Sockets;
 use understudy_backup::shared::{SharedFile, SharedMemory};
-use understudy_proto::codec::PageEncoder;
+use understudy_proto::codec::{CodecSet, PageEncoder};
 use understudy_proto::control::{self, ControlFile};
 use understudy_proto::epoch::{EpochKind, EpochManifest};
 use understudy_proto::frame::FrameBuilder;
@@ -436,7 +436,7 @@ impl Epoch {
         before: &Model,
         batched: bool,
     ) -> Self {
-        let builder = if batched { FrameBuilder::batched() } else { FrameBuilder::new() };
+        let builder = if batched { FrameBuilder::batched(CodecSet::ALL) } else { FrameBuilder::new() };
         let before = (kind == EpochKind::Delta).then_some(before);
         Self::built(builder, at, kind, layout, pages, device, before, true)
     }

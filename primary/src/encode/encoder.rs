@@ -82,7 +82,7 @@ impl Encoder {
 
 #[cfg(test)]
 mod tests {
-    use understudy_proto::negotiate::{FEATURE_LZ4, FEATURE_XBZRLE, Offer, select};
+    use understudy_proto::negotiate::{FEATURE_LONG_BATCHES, FEATURE_LZ4, FEATURE_XBZRLE, Offer, select};
 
     use super::*;
 
@@ -99,12 +99,14 @@ mod tests {
 
     #[test]
     fn only_what_the_backup_can_decode_is_used() {
-        let both = CodecSet { xbzrle: true, lz4: true };
+        let both = CodecSet { long_batches: false, ..CodecSet::ALL };
         assert_eq!(with(&[]), CodecSet::NONE);
         assert_eq!(with(&["codec/zstd", "codec/xbzrle2", "codec", ""]), CodecSet::NONE);
         assert_eq!(with(&[FEATURE_XBZRLE, "codec/zstd"]), CodecSet { lz4: false, ..both });
         assert_eq!(with(&[FEATURE_LZ4]), CodecSet { xbzrle: false, ..both });
         assert_eq!(with(&[FEATURE_LZ4, FEATURE_XBZRLE]), both);
+        assert_eq!(with(&[FEATURE_XBZRLE, FEATURE_LONG_BATCHES]), CodecSet { lz4: false, ..both });
+        assert_eq!(with(&[FEATURE_LZ4, FEATURE_LONG_BATCHES, FEATURE_XBZRLE]), CodecSet::ALL);
     }
 
     #[test]

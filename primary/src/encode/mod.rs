@@ -253,7 +253,8 @@ impl Recoder {
         } else {
             self.cache.release();
         }
-        let builder = if plan == Plan::DeltaBatch { FrameBuilder::batched() } else { FrameBuilder::new() };
+        let builder =
+            if plan == Plan::DeltaBatch { FrameBuilder::batched(codecs) } else { FrameBuilder::new() };
         self.builder = builder.again();
         self.epoch = OpenEpoch { trial: trial.map(|(_, pages)| pages), ..OpenEpoch::new(plan, kind) };
     }

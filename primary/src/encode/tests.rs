@@ -8,7 +8,7 @@ use understudy_proto::units::{BlockIndex, PageIndex, ZERO_PAGE};
 use super::*;
 
 const PAGES: u64 = 400;
-const ALL: CodecSet = CodecSet { xbzrle: true, lz4: true };
+const ALL: CodecSet = CodecSet::ALL;
 
 fn layout() -> MemoryLayout {
     let block = RamBlock { name: "pc.ram".into(), used_bytes: PAGES * PAGE_BYTES as u64 };
@@ -143,7 +143,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         prop_oneof![
             12 => pages().prop_map(Step::Delta),
             1 => pages().prop_map(Step::Lost),
-            1 => any::<(bool, bool)>().prop_map(|(xbzrle, lz4)| Step::Codecs(CodecSet { xbzrle, lz4 })),
+            1 => any::<(bool, bool, bool)>()
+                .prop_map(|(xbzrle, lz4, long)| Step::Codecs(CodecSet { xbzrle, lz4, long_batches: long })),
         ],
         1..30,
     )

@@ -190,7 +190,7 @@ mod tests {
     /// Sends an epoch of one page through the thread; gives what comes out.
     fn epoch(thread: &EncodeThread, number: u64, kind: EpochKind, page: u64) -> Vec<Part> {
         let ((parts, from), (to, mut out)) = (mpsc::channel(8), mpsc::channel(8));
-        let codecs = CodecSet { xbzrle: true, lz4: true };
+        let codecs = CodecSet::ALL;
         let (generation, epoch) = (Generation(1), EpochId(number));
         thread.encode(Job { generation, epoch, kind, codecs, from, to }).unwrap();
         if kind == EpochKind::Full {

@@ -2,7 +2,7 @@
 #![no_main]
 
 use understudy_proto::ProtocolError;
-use understudy_proto::codec::{self, PageEncoder};
+use understudy_proto::codec::{self, CodecSet, PageEncoder};
 use understudy_proto::digest::{Digest, PagesDigest};
 use understudy_proto::frame::{FrameBuilder, FrameReader};
 use understudy_proto::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex, ZERO_PAGE};
@@ -40,7 +40,7 @@ fn read(frames: &[impl AsRef<[u8]>]) -> Option<(Vec<Page>, Digest)> {
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let Some((pages, digest)) = read(&[data]) else { return };
     for (batched, known, lz4) in [(false, false, false), (false, true, true), (true, true, false)] {
-        let mut builder = if batched { FrameBuilder::batched() } else { FrameBuilder::new() };
+        let mut builder = if batched { FrameBuilder::batched(CodecSet::ALL) } else { FrameBuilder::new() };
         let (mut encoder, mut frames) = (PageEncoder::new(), vec![]);
         for (block, page, content) in &pages {
             let encoded = encoder.encode(content.as_deref(), known.then_some(&BEFORE), lz4);

@@ -5,7 +5,10 @@ use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, 
 
 /// A compressor that keeps its buffers.
 pub struct Lz4 {
-    table: CompressTable,
+    /// For pages and short batches; it fits into the first-level cache.
+    small: CompressTable,
+    /// For long batches. What comes out depends on the table, so the length alone decides which one is taken.
+    large: Option<CompressTable>,
     out: Vec<u8>,
 }
 
@@ -24,8 +27,7 @@ impl Default for Lz4 {
 impl Lz4 {
     /// A compressor.
     pub fn new() -> Self {
-        // A batch is short enough for the small table, which fits into the first-level cache.
-        Self { table: CompressTable::small(), out: Vec::new() }
+        Self { small: CompressTable::small(), large: None, out: Vec::new() }
     }
 
     /// Compresses up to [`limits::MAX_BATCH_BYTES`]; `None` if they are more.
@@ -37,7 +39,12 @@ impl Lz4 {
         if self.out.len() < needed {
             self.out.resize(needed, 0);
         }
-        let len = compress_into_with_table(bytes, &mut self.out, &mut self.table).ok()?;
+        let table = if bytes.len() > limits::SHORT_BATCH_BYTES {
+            self.large.get_or_insert_with(CompressTable::large)
+        } else {
+            &mut self.small
+        };
+        let len = compress_into_with_table(bytes, &mut self.out, table).ok()?;
         self.out.get(..len)
     }
 }

@@ -50,7 +50,7 @@ proptest! {
         batched in any::<bool>(),
     ) {
         let mut encoder = PageEncoder::new();
-        let mut builder = if batched { FrameBuilder::batched() } else { FrameBuilder::new() };
+        let mut builder = if batched { FrameBuilder::batched(CodecSet::ALL) } else { FrameBuilder::new() };
         let mut frames = vec![];
         for (i, ((before, now), known, lz4)) in changes.iter().enumerate() {
             let content = Some(&**now).filter(|now| **now != ZERO_PAGE);

@@ -1,7 +1,7 @@
 //! Frames from pages.
 
 use super::{Codec, RECORD_HEADER_BYTES};
-use crate::codec::{Encoded, Lz4};
+use crate::codec::{CodecSet, Encoded, Lz4};
 use crate::digest::{Digest, PagesDigest};
 use crate::limits;
 use crate::units::{BlockIndex, PAGE_BYTES, PageData, PageIndex, ZERO_PAGE};
@@ -23,6 +23,8 @@ pub struct FrameBuilder {
 #[derive(Debug)]
 struct Batch {
     records: Vec<u8>,
+    /// Of records, at most.
+    most_bytes: usize,
     lz4: Lz4,
 }
 
@@ -39,6 +41,13 @@ pub struct FullBatch {
     records: Vec<u8>,
     lz4: Vec<u8>,
     pays: bool,
+}
+
+impl Batch {
+    /// Whether another page might be too much.
+    fn is_full(&self) -> bool {
+        self.records.len() + RECORD_HEADER_BYTES + PAGE_BYTES > self.most_bytes
+    }
 }
 
 impl Batches {
@@ -90,10 +99,11 @@ impl FrameBuilder {
         }
     }
 
-    /// For a new epoch whose records go into batches. Both sides must have agreed on `codec/lz4`.
-    pub fn batched() -> Self {
-        let records = Vec::with_capacity(limits::MAX_BATCH_BYTES);
-        Self { batch: Some(Batch { records, lz4: Lz4::new() }), ..Self::new() }
+    /// For a new epoch whose records go into batches, as long as `codecs` allow. LZ4 must be among them.
+    pub fn batched(codecs: CodecSet) -> Self {
+        let most_bytes = codecs.batch_bytes();
+        let records = Vec::with_capacity(most_bytes);
+        Self { batch: Some(Batch { records, most_bytes, lz4: Lz4::new() }), ..Self::new() }
     }
 
     /// Adds a page, detecting zero pages; gives a frame whenever one is full.
@@ -118,7 +128,7 @@ impl FrameBuilder {
         encoded: Encoded<'_>,
     ) -> Option<Bytes> {
         self.put(block, page, content, encoded);
-        if self.batch.as_ref().is_some_and(|batch| is_full(&batch.records)) {
+        if self.batch.as_ref().is_some_and(Batch::is_full) {
             self.close_batch();
         }
         self.close_if_full()
@@ -136,10 +146,10 @@ impl FrameBuilder {
         batches: &mut Batches,
     ) -> Option<Bytes> {
         self.put(block, page, content, encoded);
-        if let Some(batch) = self.batch.as_mut().filter(|batch| is_full(&batch.records)) {
+        if let Some(batch) = self.batch.as_mut().filter(|batch| batch.is_full()) {
             let mut full = batches.spare.pop().unwrap_or_default();
             full.records.clear();
-            full.records.reserve(limits::MAX_BATCH_BYTES);
+            full.records.reserve(batch.most_bytes);
             std::mem::swap(&mut full.records, &mut batch.records);
             batches.full.push(full);
         }
@@ -228,11 +238,6 @@ impl FrameBuilder {
         self.frame_bytes += self.open.len() as u64;
         self.open.split().freeze()
     }
-}
-
-/// Whether another page might be too much for a batch.
-fn is_full(records: &[u8]) -> bool {
-    records.len() + RECORD_HEADER_BYTES + PAGE_BYTES > limits::MAX_BATCH_BYTES
 }
 
 /// What a batch becomes, if that is shorter.

@@ -16,7 +16,7 @@
 //! | 2 unchanged | none; the page is as in the epoch before | `codec/xbzrle` |
 //! | 3 XBZRLE | difference from the page as in the epoch before, see the crate `xbzrle` | `codec/xbzrle` |
 //! | 4 LZ4 | the page as an LZ4 block | `codec/lz4` |
-//! | 5 batch | records of any codec but this one, as an LZ4 block | `codec/lz4` |
+//! | 5 batch | records of any codec but this one, as an LZ4 block | `codec/lz4`; above 60 KiB of records `codec/long-batches` |
 //!
 //! Codecs 2 and 3 are *by reference*. "The epoch before" is what the backup has committed and applied when the epoch
 //! begins, whatever the epoch at hand has said before; so a record by reference is the first of its page in the epoch,

@@ -1,6 +1,6 @@
 use super::*;
 use crate::ProtocolError;
-use crate::codec;
+use crate::codec::{self, CodecSet, Encoded};
 use crate::digest::PagesDigest;
 use crate::layout::{MemoryLayout, RamBlock};
 use crate::limits;
@@ -100,9 +100,33 @@ fn bad_frames_are_refused_with_the_field_at_fault() {
         "batch is invalid: the LZ4 block gives 16 bytes, announced are 17"
     );
     assert!(first_error(&batch(15, &inner)).starts_with("batch is invalid: not an LZ4 block: "));
-    assert_eq!(first_error(&batch(70_000, &inner)), "batch bytes is 70000, the limit is 61440");
+    assert_eq!(first_error(&batch(300_000, &inner)), "batch bytes is 300000, the limit is 245760");
     let nested = batch(16, &inner);
     assert_eq!(first_error(&batch(nested.len() as u64, &nested)), "page codec is invalid: 5 within a batch");
     let too_long = vec![0; limits::MAX_FRAME_BYTES + 1];
-    assert_eq!(first_error(&too_long), "frame bytes is 327681, the limit is 327680");
+    assert_eq!(first_error(&too_long), "frame bytes is 524289, the limit is 524288");
+}
+
+#[test]
+fn batches_are_as_long_as_the_other_side_takes() {
+    let layout = layout();
+    let longest = |codecs: CodecSet| {
+        let mut builder = FrameBuilder::batched(codecs);
+        let mut frames: Vec<_> = (0..300)
+            .filter_map(|page| {
+                let encoded = Encoded { codec: Codec::Raw, payload: &[7; PAGE_BYTES] };
+                builder.push_encoded(BlockIndex(0), PageIndex::new(page), Some(&[7; PAGE_BYTES]), encoded)
+            })
+            .collect();
+        frames.extend(builder.finish().0);
+        let sizes = frames.iter().flat_map(|frame| units(frame, &layout)).map(|unit| match unit.unwrap() {
+            Unit::Batch(packed) => packed.records_bytes(),
+            Unit::Page(_) => 0,
+        });
+        sizes.max().unwrap()
+    };
+    let short = longest(CodecSet { long_batches: false, ..CodecSet::ALL });
+    assert!((limits::SHORT_BATCH_BYTES - 5000..=limits::SHORT_BATCH_BYTES).contains(&short), "{short}");
+    let long = longest(CodecSet::ALL);
+    assert!((limits::MAX_BATCH_BYTES - 5000..=limits::MAX_BATCH_BYTES).contains(&long), "{long}");
 }

@@ -183,7 +183,7 @@ impl Way {
         let (raw, totals) = captured(pages);
         self.epoch += 1;
         let began = Instant::now();
-        let codecs = CodecSet { xbzrle: true, lz4: true };
+        let codecs = CodecSet::ALL;
         self.recoder.begin(Generation(1), EpochId(self.epoch), kind, codecs, 1.0);
         let mut ready = Vec::new();
         for frame in raw {

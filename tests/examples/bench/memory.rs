@@ -36,7 +36,7 @@ pub(crate) fn run(guest_mib: u64) -> anyhow::Result<Report> {
     let mut most = Vec::new();
     for number in 1..=EPOCHS {
         let kind = if number == 1 { EpochKind::Full } else { EpochKind::Delta };
-        recoder.begin(Generation(1), EpochId(number), kind, CodecSet { xbzrle: true, lz4: true }, 1.0);
+        recoder.begin(Generation(1), EpochId(number), kind, CodecSet::ALL, 1.0);
         let (mut builder, mut frames) = (FrameBuilder::new(), Vec::new());
         for page in 0..EPOCH_PAGES {
             // A walk through memory with pages that come again.

@@ -24,7 +24,7 @@ use crate::Report;
 use crate::trace::{Epochs, GUEST_PAGES, Maker, Pages, Trace};
 use crate::wire::captured;
 
-const CODECS: CodecSet = CodecSet { xbzrle: true, lz4: true };
+const CODECS: CodecSet = CodecSet::ALL;
 /// Those of the second way.
 const THREADS: usize = 2;
 const SMALL_PAGES: usize = 200;

@@ -26,7 +26,7 @@ use crate::trace::{Epochs, Maker, Pages, Trace};
 const WARM_UP: u64 = 10;
 /// The same of recorded ones, which are few.
 const RECORDED_WARM_UP: u64 = 4;
-const CODECS: CodecSet = CodecSet { xbzrle: true, lz4: true };
+const CODECS: CodecSet = CodecSet::ALL;
 
 /// What is recorded, and the part of raw that it may take at most.
 pub(crate) const RECORDED: [(&str, Option<f64>); 5] = [

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::plan::RECORD;
 use super::*;
 
-const BOTH: CodecSet = CodecSet { xbzrle: true, lz4: true };
+const BOTH: CodecSet = CodecSet::ALL;
 
 /// A guest, a host and a link as they really are.
 #[derive(Debug, Clone)]
@@ -186,7 +186,7 @@ proptest! {
             let whole = transfer.map(|(_, time)| time * 2);
             let rest = if threads > 2.0 { Work::default() } else { known };
             let seen = Seen { plan, known, fresh, zeros: fresh, rest, threads, transfer, whole, spare_cpus };
-            let codecs = CodecSet { xbzrle, lz4 };
+            let codecs = CodecSet { xbzrle, lz4, ..CodecSet::ALL };
             governor.step(&seen, codecs);
             prop_assert!(governor.plan().is_allowed(codecs));
             let (plan, raw) = (governor.predicted_seconds(governor.plan()), governor.predicted_seconds(Plan::Raw));
