@@ -76,18 +76,7 @@ impl Sockets {
         security: Security,
         stop: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
-        let epochs = transport::server().add_routes(epoch_routes(Arc::clone(&agent)));
-        let epochs = async {
-            match security {
-                // Plain connections stay tonic's own: nothing is in the way of the pages.
-                Security::Plain => epochs.serve_with_incoming(self.tcp).await,
-                Security::Tls(files) => epochs.serve_with_incoming(transport::secured(self.tcp, files)).await,
-                #[cfg(feature = "test-hooks")]
-                Security::Either(files) => {
-                    epochs.serve_with_incoming(transport::secured_or_plain(self.tcp, files)).await
-                }
-            }
-        };
+        let epochs = transport::serve(epoch_routes(Arc::clone(&agent)), self.tcp, security);
         let routes = admin_routes(Arc::new(Operator(Arc::clone(&agent))));
         let by_tcp = async {
             match self.admin {

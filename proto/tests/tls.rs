@@ -107,12 +107,7 @@ async fn serve(security: Security) -> (SocketAddr, Arc<Counter>) {
     let incoming = transport::listen("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = incoming.local_addr().unwrap();
     let counter = Arc::new(Counter::default());
-    let server = transport::server().add_routes(epoch_routes(Arc::clone(&counter)));
-    if let Security::Tls(files) = security {
-        drop(tokio::spawn(server.serve_with_incoming(transport::secured(incoming, files))));
-    } else {
-        drop(tokio::spawn(server.serve_with_incoming(incoming)));
-    }
+    drop(tokio::spawn(transport::serve(epoch_routes(Arc::clone(&counter)), incoming, security)));
     (address, counter)
 }
 

@@ -143,18 +143,14 @@ pub async fn serve(folder: &Path, address: SocketAddr, security: Security) -> Re
 
 /// The same on what is bound already.
 pub(crate) async fn serve_on(incoming: TcpIncoming, store: Store, security: Security) -> Result<(), Failure> {
-    let router = transport::server().add_routes(witness_routes(Arc::new(Witness::new(store))));
-    let ended = match security {
-        Security::Tls(files) => {
-            files.server_config().map_err(|reason| {
-                Failure::new(FailureKind::FailedPrecondition, "tls-files", reason)
-                    .with_remedy("make the witness certificates as for libvirt's own TLS, in --pki-dir")
-            })?;
-            router.serve_with_incoming(transport::secured(incoming, files)).await
-        }
-        _ => router.serve_with_incoming(incoming).await,
-    };
-    ended.map_err(|error| {
+    if let Security::Tls(files) = &security {
+        files.server_config().map_err(|reason| {
+            Failure::new(FailureKind::FailedPrecondition, "tls-files", reason)
+                .with_remedy("make the witness certificates as for libvirt's own TLS, in --pki-dir")
+        })?;
+    }
+    let routes = witness_routes(Arc::new(Witness::new(store)));
+    transport::serve(routes, incoming, security).await.map_err(|error| {
         Failure::new(FailureKind::Internal, "witness", format!("the witness ended: {error}"))
     })
 }

@@ -32,7 +32,7 @@ trait Bytes: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Bytes for T {}
 
 /// A connection that is ready for gRPC.
-pub struct Secure {
+pub(super) struct Secure {
     inner: Box<dyn Bytes>,
     /// Read already, and not handed on yet.
     first: Vec<u8>,
@@ -101,13 +101,13 @@ pub(super) async fn wants_tls(authority: &str) -> io::Result<bool> {
 }
 
 /// What arrives, its handshake done. Whoever cannot be let in is logged and dropped.
-pub fn secured(incoming: TcpIncoming, files: TlsFiles) -> ReceiverStream<io::Result<Secure>> {
+pub(super) fn secured(incoming: TcpIncoming, files: TlsFiles) -> ReceiverStream<io::Result<Secure>> {
     arriving(incoming, files, false)
 }
 
 /// The same, and whoever speaks plain HTTP/2 is let in as well.
 #[cfg(feature = "test-hooks")]
-pub fn secured_or_plain(incoming: TcpIncoming, files: TlsFiles) -> ReceiverStream<io::Result<Secure>> {
+pub(super) fn secured_or_plain(incoming: TcpIncoming, files: TlsFiles) -> ReceiverStream<io::Result<Secure>> {
     arriving(incoming, files, true)
 }
 

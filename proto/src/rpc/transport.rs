@@ -2,8 +2,8 @@
 
 use crate::limits;
 #[cfg(feature = "test-hooks")]
-pub use crate::rpc::secure::secured_or_plain;
-pub use crate::rpc::secure::{Secure, secured};
+use crate::rpc::secure::secured_or_plain;
+use crate::rpc::secure::{Secure, secured};
 use crate::rpc::status::{Failure, FailureKind};
 pub use crate::rpc::tls::{PKI_DIR, Security, TlsFiles};
 use hyper_util::rt::TokioIo;
@@ -162,6 +162,25 @@ impl AdminTcp {
     /// Those of the server.
     pub async fn serve(self, routes: tonic::service::Routes) -> Result<(), tonic::transport::Error> {
         server().add_routes(routes).serve_with_incoming(secured(self.incoming, self.files)).await
+    }
+}
+
+/// Serves whom `security` lets in, until the server fails.
+///
+/// # Errors
+/// Those of the server.
+pub async fn serve(
+    routes: tonic::service::Routes,
+    incoming: TcpIncoming,
+    security: Security,
+) -> Result<(), tonic::transport::Error> {
+    let server = server().add_routes(routes);
+    match security {
+        // Plain connections stay tonic's own: nothing is in the way of the pages.
+        Security::Plain => server.serve_with_incoming(incoming).await,
+        Security::Tls(files) => server.serve_with_incoming(secured(incoming, files)).await,
+        #[cfg(feature = "test-hooks")]
+        Security::Either(files) => server.serve_with_incoming(secured_or_plain(incoming, files)).await,
     }
 }
 
