@@ -259,9 +259,13 @@ fn put_batch(open: &mut BytesMut, records: &[u8], lz4: Option<impl AsRef<[u8]>>)
     }
 }
 
+/// Bytes that a frame is begun with: the target, and a record that goes beyond it, if that is no long batch.
+const ROOM_BYTES: usize = limits::FRAME_TARGET_BYTES + (64 << 10);
+
 fn make_room(open: &mut BytesMut, payload_bytes: usize) {
-    if open.capacity() - open.len() < RECORD_HEADER_BYTES + payload_bytes {
-        open.reserve(limits::MAX_FRAME_BYTES);
+    let needed = RECORD_HEADER_BYTES + payload_bytes;
+    if open.capacity() - open.len() < needed {
+        open.reserve(needed.max(ROOM_BYTES));
     }
 }
 
