@@ -34,9 +34,9 @@ struct Workload {
 const WORKLOADS: [Workload; 5] = [
     Workload { name: "idle", programs: &[], epochs: 40, epoch_ms: 500 },
     Workload { name: "redis", programs: &["redis-server", "redis-benchmark"], epochs: 24, epoch_ms: 500 },
-    Workload { name: "sqlite", programs: &["sqlite3"], epochs: 20, epoch_ms: 500 },
-    Workload { name: "gcc", programs: &["cc1", "as"], epochs: 10, epoch_ms: 500 },
-    Workload { name: "gzip", programs: &["gzip"], epochs: 10, epoch_ms: 500 },
+    Workload { name: "sqlite", programs: &["sqlite3"], epochs: 8, epoch_ms: 500 },
+    Workload { name: "gcc", programs: &["cc1", "as"], epochs: 6, epoch_ms: 500 },
+    Workload { name: "gzip", programs: &["gzip"], epochs: 4, epoch_ms: 500 },
 ];
 
 /// Of the lab, for all of them.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use bytes::Bytes;
 use understudy_backup::image::{AnonymousMemory, Image};
 use understudy_primary::encode::Recoder;
@@ -25,7 +25,7 @@ use crate::trace::{Epochs, Maker, Pages, Trace};
 /// Epochs before the measured ones: the cache fills.
 const WARM_UP: u64 = 10;
 /// The same of recorded ones, which are few.
-const RECORDED_WARM_UP: u64 = 4;
+const RECORDED_WARM_UP: u64 = 2;
 const CODECS: CodecSet = CodecSet::ALL;
 
 /// What is recorded, and the part of raw that it may take at most.
@@ -46,7 +46,8 @@ pub(crate) fn run(epochs: u64, traces: &Path) -> anyhow::Result<Report> {
             continue;
         }
         let trace = Recorded::read(&file)?;
-        let count = trace.epochs.len() as u64 - RECORDED_WARM_UP;
+        let count = (trace.epochs.len() as u64).saturating_sub(RECORDED_WARM_UP);
+        ensure!(count > 0, "{} has {RECORDED_WARM_UP} epochs or less", file.display());
         let name = format!("{name}, recorded");
         let best = plans(&mut report, &name, RECORDED_WARM_UP, count, &|| Box::new(trace.clone()))?;
         if let Some(goal) = goal {
