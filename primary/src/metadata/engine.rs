@@ -179,7 +179,8 @@ pub struct Engine {
     domains: BTreeMap<GuestId, Domain>,
     /// Looks under way, and whether another one is needed after it: two at a time could answer in the wrong order.
     looks: BTreeMap<GuestId, bool>,
-    /// Standbys of guests that run elsewhere, and whether they have been let run. Their marks count once they are promoted.
+    /// Standbys of guests that run elsewhere, and whether they are looked at again before long: they have been let run, and their
+    /// marks count once their records say so; or this was the first look, and that was news while it was under way.
     standbys: BTreeMap<GuestId, bool>,
 }
 
@@ -199,8 +200,8 @@ impl Engine {
             Event::Listed(guests) => guests.into_iter().for_each(|guest| self.look(guest, true, &mut out)),
             // A protected guest is resumed many times a second; a standby only by its promotion.
             Event::Resumed(guest) => {
-                if let Some(resumed) = self.standbys.get_mut(&guest) {
-                    *resumed = true;
+                if let Some(again) = self.standbys.get_mut(&guest) {
+                    *again = true;
                     self.look(guest, false, &mut out);
                 }
             }
@@ -252,9 +253,9 @@ impl Engine {
             }
             Event::Tick => {
                 // The record of a promotion is written after the guest was let run.
-                let promoted = self.standbys.iter().filter(|(_, resumed)| **resumed);
-                let promoted: Vec<GuestId> = promoted.map(|(guest, _)| *guest).collect();
-                promoted.into_iter().for_each(|guest| self.look(guest, false, &mut out));
+                let again = self.standbys.iter().filter(|(_, again)| **again);
+                let again: Vec<GuestId> = again.map(|(guest, _)| *guest).collect();
+                again.into_iter().for_each(|guest| self.look(guest, false, &mut out));
             }
         }
         for (guest, domain) in &mut self.domains {
@@ -301,7 +302,8 @@ impl Engine {
 
     fn found(&mut self, guest: GuestId, found: Found, first: bool, now: Instant, out: &mut Vec<Command>) {
         if found.standby {
-            self.standbys.entry(guest).or_insert(false);
+            let known = self.standbys.contains_key(&guest);
+            self.standbys.insert(guest, found.let_run || !known);
         } else {
             self.standbys.remove(&guest);
         }

@@ -15,6 +15,7 @@ fn found(mark: Option<Protect>) -> Found {
     Found {
         running: true,
         standby: false,
+        let_run: false,
         mark: Ok(mark),
         command: None,
         reported: None,
@@ -345,17 +346,44 @@ fn a_promoted_standby_is_protected_as_its_element_says_whoever_promoted_it() {
     let looked = |bench: &mut Bench, found| bench.step(Event::Found { guest: GUEST, found, first: false });
     let standby = || Found { standby: true, ..found(None) };
     let mut bench = Bench::new();
+    let running = || Found { let_run: true, ..standby() };
     // Its element counts for nothing while it is a standby.
     assert_eq!(bench.changed(standby()), []);
+    assert_eq!(bench.after(Duration::from_secs(1)), look);
+    assert_eq!(looked(&mut bench, standby()), []);
     assert_eq!(bench.after(Duration::from_secs(60)), []);
     assert_eq!(bench.step(Event::Resumed(GUEST)), look);
     // The record of its promotion is not written yet.
-    assert_eq!(looked(&mut bench, standby()), []);
+    assert_eq!(looked(&mut bench, running()), []);
     assert_eq!(bench.after(Duration::from_secs(1)), look);
     assert_eq!(looked(&mut bench, found(Some(on()))), [Command::Protect(GUEST, on())]);
     // A guest that runs here is resumed after every checkpoint.
     assert_eq!(bench.step(Event::Resumed(GUEST)), []);
     assert_eq!(bench.after(Duration::from_secs(1)), []);
+}
+
+#[test]
+fn a_standby_that_is_promoted_during_the_first_look_at_it_is_looked_at_again() {
+    let look = [Command::Look { guest: GUEST, first: false }];
+    let looked = |bench: &mut Bench, found| bench.step(Event::Found { guest: GUEST, found, first: false });
+    let standby = |let_run| Found { standby: true, let_run, ..found(None) };
+    let mut bench = Bench::new();
+    assert_eq!(bench.step(Event::Changed { guest: GUEST, started: true }), look);
+    assert_eq!(bench.step(Event::Resumed(GUEST)), []);
+    // What it found may be older.
+    assert_eq!(looked(&mut bench, standby(false)), []);
+    assert_eq!(bench.after(Duration::from_secs(1)), look);
+    assert_eq!(looked(&mut bench, standby(true)), []);
+    assert_eq!(bench.after(Duration::from_secs(1)), look);
+    assert_eq!(looked(&mut bench, found(Some(on()))), [Command::Protect(GUEST, on())]);
+    // The next one: it is resumed while it is looked at again.
+    let mut bench = Bench::new();
+    bench.changed(standby(false));
+    assert_eq!(bench.after(Duration::from_secs(1)), look);
+    assert_eq!(bench.step(Event::Resumed(GUEST)), []);
+    assert_eq!(looked(&mut bench, standby(false)), look);
+    assert_eq!(looked(&mut bench, standby(true)), []);
+    assert_eq!(bench.after(Duration::from_secs(1)), look);
 }
 
 #[test]
