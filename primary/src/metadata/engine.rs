@@ -11,7 +11,7 @@
 //! The mark is level-triggered: what counts is what it says now, not how often it was set. A command is not: it is taken
 //! out of the XML before it is done, and one that was there before the agent looked is taken out and not done.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use understudy_hook::metadata::{Command as Order, Epoch, Policy, Protect, State};
@@ -50,8 +50,8 @@ pub enum Event {
         /// It was started.
         started: bool,
     },
-    /// Its processors run again: of a standby, the sign that it is promoted.
-    Resumed(GuestId),
+    /// A failover has brought one of [`Engine::standbys`] here, whoever asked for it.
+    Promoted(GuestId),
     /// It has ended.
     Stopped(GuestId),
     /// The domains that run: the answer to [`Command::LookAtAll`].
@@ -179,9 +179,8 @@ pub struct Engine {
     domains: BTreeMap<GuestId, Domain>,
     /// Looks under way, and whether another one is needed after it: two at a time could answer in the wrong order.
     looks: BTreeMap<GuestId, bool>,
-    /// Standbys of guests that run elsewhere, and whether they are looked at again before long: they have been let run, and their
-    /// marks count once their records say so; or this was the first look, and that was news while it was under way.
-    standbys: BTreeMap<GuestId, bool>,
+    /// Standbys of guests that run elsewhere. Their marks count once they are promoted.
+    standbys: BTreeSet<GuestId>,
 }
 
 impl Engine {
@@ -198,10 +197,8 @@ impl Engine {
                 self.look(guest, false, &mut out);
             }
             Event::Listed(guests) => guests.into_iter().for_each(|guest| self.look(guest, true, &mut out)),
-            // A protected guest is resumed many times a second; a standby only by its promotion.
-            Event::Resumed(guest) => {
-                if let Some(again) = self.standbys.get_mut(&guest) {
-                    *again = true;
+            Event::Promoted(guest) => {
+                if self.standbys.remove(&guest) {
                     self.look(guest, false, &mut out);
                 }
             }
@@ -251,12 +248,7 @@ impl Engine {
                     domain.published = None;
                 }
             }
-            Event::Tick => {
-                // The record of a promotion is written after the guest was let run.
-                let again = self.standbys.iter().filter(|(_, again)| **again);
-                let again: Vec<GuestId> = again.map(|(guest, _)| *guest).collect();
-                again.into_iter().for_each(|guest| self.look(guest, false, &mut out));
-            }
+            Event::Tick => {}
         }
         for (guest, domain) in &mut self.domains {
             decide(*guest, domain, now, &mut out);
@@ -271,6 +263,11 @@ impl Engine {
     /// The guests whose protection is of interest.
     pub fn guests(&self) -> Vec<GuestId> {
         self.domains.keys().copied().collect()
+    }
+
+    /// The standbys whose promotion is of interest, see [`Event::Promoted`].
+    pub fn standbys(&self) -> impl Iterator<Item = GuestId> {
+        self.standbys.iter().copied()
     }
 
     fn look(&mut self, guest: GuestId, first: bool, out: &mut Vec<Command>) {
@@ -302,8 +299,7 @@ impl Engine {
 
     fn found(&mut self, guest: GuestId, found: Found, first: bool, now: Instant, out: &mut Vec<Command>) {
         if found.standby {
-            let known = self.standbys.contains_key(&guest);
-            self.standbys.insert(guest, found.let_run || !known);
+            self.standbys.insert(guest);
         } else {
             self.standbys.remove(&guest);
         }

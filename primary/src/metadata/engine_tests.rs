@@ -15,7 +15,6 @@ fn found(mark: Option<Protect>) -> Found {
     Found {
         running: true,
         standby: false,
-        let_run: false,
         mark: Ok(mark),
         command: None,
         reported: None,
@@ -346,54 +345,26 @@ fn a_promoted_standby_is_protected_as_its_element_says_whoever_promoted_it() {
     let looked = |bench: &mut Bench, found| bench.step(Event::Found { guest: GUEST, found, first: false });
     let standby = || Found { standby: true, ..found(None) };
     let mut bench = Bench::new();
-    let running = || Found { let_run: true, ..standby() };
     // Its element counts for nothing while it is a standby.
     assert_eq!(bench.changed(standby()), []);
-    assert_eq!(bench.after(Duration::from_secs(1)), look);
-    assert_eq!(looked(&mut bench, standby()), []);
     assert_eq!(bench.after(Duration::from_secs(60)), []);
-    assert_eq!(bench.step(Event::Resumed(GUEST)), look);
-    // The record of its promotion is not written yet.
-    assert_eq!(looked(&mut bench, running()), []);
-    assert_eq!(bench.after(Duration::from_secs(1)), look);
+    assert_eq!(bench.engine.standbys().collect::<Vec<_>>(), [GUEST]);
+    assert_eq!(bench.step(Event::Promoted(GUEST)), look);
+    // A look from before it.
+    assert_eq!(looked(&mut bench, standby()), []);
+    assert_eq!(bench.step(Event::Promoted(GUEST)), look);
     assert_eq!(looked(&mut bench, found(Some(on()))), [Command::Protect(GUEST, on())]);
-    // A guest that runs here is resumed after every checkpoint.
-    assert_eq!(bench.step(Event::Resumed(GUEST)), []);
-    assert_eq!(bench.after(Duration::from_secs(1)), []);
+    assert_eq!(bench.engine.standbys().count(), 0);
 }
 
 #[test]
-fn a_standby_that_is_promoted_during_the_first_look_at_it_is_looked_at_again() {
-    let look = [Command::Look { guest: GUEST, first: false }];
-    let looked = |bench: &mut Bench, found| bench.step(Event::Found { guest: GUEST, found, first: false });
-    let standby = |let_run| Found { standby: true, let_run, ..found(None) };
-    let mut bench = Bench::new();
-    assert_eq!(bench.step(Event::Changed { guest: GUEST, started: true }), look);
-    assert_eq!(bench.step(Event::Resumed(GUEST)), []);
-    // What it found may be older.
-    assert_eq!(looked(&mut bench, standby(false)), []);
-    assert_eq!(bench.after(Duration::from_secs(1)), look);
-    assert_eq!(looked(&mut bench, standby(true)), []);
-    assert_eq!(bench.after(Duration::from_secs(1)), look);
-    assert_eq!(looked(&mut bench, found(Some(on()))), [Command::Protect(GUEST, on())]);
-    // The next one: it is resumed while it is looked at again.
-    let mut bench = Bench::new();
-    bench.changed(standby(false));
-    assert_eq!(bench.after(Duration::from_secs(1)), look);
-    assert_eq!(bench.step(Event::Resumed(GUEST)), []);
-    assert_eq!(looked(&mut bench, standby(false)), look);
-    assert_eq!(looked(&mut bench, standby(true)), []);
-    assert_eq!(bench.after(Duration::from_secs(1)), look);
-}
-
-#[test]
-fn a_standby_that_is_gone_is_not_looked_at_for_its_promotion() {
+fn a_standby_that_is_gone_is_not_asked_for_its_promotion() {
     for end in [Event::Gone(GUEST), Event::Stopped(GUEST)] {
         let mut bench = Bench::new();
         bench.changed(Found { standby: true, ..found(None) });
         bench.step(end);
-        assert_eq!(bench.step(Event::Resumed(GUEST)), []);
-        assert_eq!(bench.after(Duration::from_secs(1)), []);
+        assert_eq!(bench.engine.standbys().count(), 0);
+        assert_eq!(bench.step(Event::Promoted(GUEST)), []);
     }
 }
 
@@ -403,7 +374,7 @@ fn a_promoted_standby_is_not_called_one_any_more() {
     let command = Some(Err("no such command".to_owned()));
     bench.changed(Found { standby: true, command, ..found(None) });
     assert_eq!(bench.state().value, "standby");
-    bench.step(Event::Resumed(GUEST));
+    bench.step(Event::Promoted(GUEST));
     bench.step(Event::Found { guest: GUEST, found: found(None), first: false });
     bench.after(REPORT_INTERVAL);
     assert_eq!(bench.state().value, "off");

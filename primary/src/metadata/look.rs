@@ -6,7 +6,7 @@ use std::time::Duration;
 use understudy_hook::metadata::{
     COMMAND_NAMESPACE, Command, Epoch, Output, PROTECT_NAMESPACE, Protect, STATE_NAMESPACE, State,
 };
-use understudy_libvirt::{Domain, DomainState, LibvirtError};
+use understudy_libvirt::{Domain, LibvirtError};
 use understudy_proto::control::{ControlFile, Role};
 use understudy_proto::ids::GuestId;
 use understudy_proto::rpc::admin::GuestState;
@@ -37,12 +37,17 @@ pub(super) fn at(agent: &Agent, domain: &Domain) -> Result<Found, LibvirtError> 
     Ok(Found {
         running: domain.is_active()?,
         standby,
-        let_run: domain.state()? == DomainState::Running,
         mark: if standby { Ok(None) } else { mark },
         command: command.map(|xml| Command::parse(&xml).map_err(|mistake| mistake.to_string())),
         reported: reported.and_then(|xml| State::parse(&xml).ok()),
         protection: protection(agent, guest),
     })
+}
+
+/// Whether a failover has brought the guest here, as its record says.
+pub(super) fn promoted(agent: &Agent, guest: GuestId) -> bool {
+    let record = protect::local_record(&agent.config.state_dir, guest);
+    record.ok().flatten().is_some_and(|record| record.role == Role::Promoted)
 }
 
 /// The host a guest was on before a failover brought it here.

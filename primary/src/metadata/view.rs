@@ -9,8 +9,6 @@ pub struct Found {
     pub running: bool,
     /// It is the standby of a guest that runs elsewhere: its mark is none of this host's business.
     pub standby: bool,
-    /// Its processors run: of a standby that it is promoted, whatever its record says yet.
-    pub let_run: bool,
     /// The user's element, or what is wrong with it.
     pub mark: Result<Option<Protect>, String>,
     /// The user's command, or what is wrong with it.

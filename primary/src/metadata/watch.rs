@@ -69,7 +69,6 @@ fn translated(guest: GuestId, change: &DomainChange) -> Option<Event> {
         DomainChange::Lifecycle { kind: Lifecycle::Started, .. } => {
             Some(Event::Changed { guest, started: true })
         }
-        DomainChange::Lifecycle { kind: Lifecycle::Resumed, .. } => Some(Event::Resumed(guest)),
         DomainChange::Lifecycle { kind: Lifecycle::Stopped, .. } => Some(Event::Stopped(guest)),
         DomainChange::Lifecycle { .. } => None,
         DomainChange::Metadata { uri } => [PROTECT_NAMESPACE, COMMAND_NAMESPACE]
@@ -95,7 +94,6 @@ mod tests {
         let life = |kind| translated(guest, &DomainChange::Lifecycle { kind, detail: String::new() });
         assert_eq!(life(Lifecycle::Started), Some(Event::Changed { guest, started: true }));
         assert_eq!(life(Lifecycle::Stopped), Some(Event::Stopped(guest)));
-        assert_eq!(life(Lifecycle::Resumed), Some(Event::Resumed(guest)));
         assert_eq!(life(Lifecycle::Suspended), None);
     }
 }

@@ -14,6 +14,7 @@ use crate::lab::understudy::Role;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("metadata: one element protects a guest from its start, and virsh fails it over", from_the_start),
+    ("metadata: a guest whose QEMU is killed, failed over by hand at once, is protected back", killed),
     ("metadata: virsh switches on, is told of mistakes, and switches off", by_virsh),
     ("metadata: the hook never holds a start, and refuses what must not run unprotected", hook),
 ];
@@ -78,6 +79,27 @@ fn from_the_start(lab: &Lab) -> Result<()> {
     ensure!(now.boot == boot, "another boot: {} instead of {boot}", now.boot);
     super::up(lab, Alpha)?;
     // The element still says beta, where it is now: the hosts have changed places.
+    wait_shown(lab, Beta, &["value=\"protected\"", "backup=\"alpha\""]).map(drop)
+}
+
+/// The standby may be made and promoted within a second.
+fn killed(lab: &Lab) -> Result<()> {
+    define(lab, "enabled='yes' backup='beta'")?;
+    lab.shell(Alpha, "virsh -q start g1")?;
+    let before = Guest::wait(lab.dir(), "g1", UP)?.count()?;
+    wait_shown(lab, Alpha, &["value=\"protected\""])?;
+    lab.shell(Alpha, "kill -9 $(pidof qemu-system-x86_64)")?;
+    let end = Instant::now() + LIMIT;
+    loop {
+        let outcome = lab.understudy(Beta, &["failover", "g1"])?;
+        if outcome.code == 0 {
+            break;
+        }
+        ensure!(Instant::now() < end, "not failed over: {outcome:?}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let now = Guest::wait(lab.dir(), "g1", UP)?.count()?;
+    ensure!(now.boot == before.boot && now.total >= before.total, "{before:?}, then {now:?}");
     wait_shown(lab, Beta, &["value=\"protected\"", "backup=\"alpha\""]).map(drop)
 }
 
