@@ -23,17 +23,16 @@ pub(super) const ON_REQUEST: &[Scenario] =
 const LIMIT: Duration = Duration::from_secs(180);
 
 /// Of each connection: less than an emulated host sends.
-const RATE: &str = "32mbit";
+const RATE: &str = "40mbit";
 
 /// Pages that the guest rewrites all the time: an epoch of them takes the link long enough to tell.
 const PAGES: u32 = 400;
 
-/// The agent is told to use several connections, to leave pages as they are, and to take epochs soon behind each other, so that the link is
-/// what they wait for; nothing of it stays for whoever comes next.
+/// The agent is told to use several connections and to leave pages as they are, and neither stays for whoever comes next.
 fn restored(lab: &Lab, scenario: fn(&Lab, &str) -> Result<()>) -> Result<()> {
     let mut guest = start_shaped(lab, Alpha, SHAPES[1])?;
     let boot = guest.count()?.boot;
-    lab.restart_agent(Alpha, Role::Primary, "--connections=4\n--compress=off\n--epoch-ms=20")?;
+    lab.restart_agent(Alpha, Role::Primary, "--connections=4\n--compress=off")?;
     let result = scenario(lab, &boot);
     super::up(lab, Alpha)?;
     lab.shell(Alpha, &format!("tc qdisc del dev {} root 2>/dev/null || true", Net::Repl.name()))?;

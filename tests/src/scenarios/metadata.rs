@@ -14,10 +14,13 @@ use crate::lab::understudy::Role;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     ("metadata: one element protects a guest from its start, and virsh fails it over", from_the_start),
-    ("metadata: a guest whose QEMU is killed, failed over by hand at once, is protected back", killed),
     ("metadata: virsh switches on, is told of mistakes, and switches off", by_virsh),
     ("metadata: the hook never holds a start, and refuses what must not run unprotected", hook),
 ];
+
+/// Played when they are asked for by name.
+pub(super) const ON_REQUEST: &[Scenario] =
+    &[("metadata: a guest whose QEMU is killed, failed over by hand at once, is protected back", killed)];
 
 const DOMAIN: &str = "urn:understudy:domain:1";
 const COMMAND: &str = "urn:understudy:command:1";

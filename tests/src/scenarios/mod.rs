@@ -82,6 +82,7 @@ const LONG: &[&[Scenario]] = &[
     cards::ON_REQUEST,
     verbs::ON_REQUEST,
     connections::ON_REQUEST,
+    metadata::ON_REQUEST,
 ];
 
 /// How long a guest may take until it answers.
