@@ -8,8 +8,6 @@ use understudy_proto::units::{BlockIndex, PageIndex, ZERO_PAGE};
 use super::*;
 
 const PAGES: u64 = 400;
-const ALL: CodecSet = CodecSet::ALL;
-
 fn layout() -> MemoryLayout {
     let block = RamBlock { name: "pc.ram".into(), used_bytes: PAGES * PAGE_BYTES as u64 };
     MemoryLayout::new(vec![block], vec![], 2).unwrap()
@@ -161,7 +159,7 @@ proptest! {
     ) {
         let governor = if trial { Governor::trying(plan) } else { Governor::fixed(plan) };
         let (mut guest, mut backup) = (Guest::new(governor), Backup::default());
-        let (mut memory, mut codecs) = (BTreeMap::new(), ALL);
+        let (mut memory, mut codecs) = (BTreeMap::new(), CodecSet::ALL);
         let full = |guest: &mut Guest, backup: &mut Backup, memory: &BTreeMap<u64, Box<PageData>>, codecs| {
             let pages = memory.iter().map(|(page, content)| (*page, content.clone())).collect();
             let (frames, totals) = guest.epoch(EpochKind::Full, codecs, &pages);
@@ -195,7 +193,7 @@ fn what_is_rewritten_shrinks_and_is_counted() {
     let mut bytes = vec![];
     for edit in 0..20 {
         let pages = (0..200).map(|at| page(at, 7, edit)).collect();
-        bytes.push(guest.epoch(EpochKind::Delta, ALL, &pages).1.frame_bytes);
+        bytes.push(guest.epoch(EpochKind::Delta, CodecSet::ALL, &pages).1.frame_bytes);
     }
     assert!(bytes[1] * 10 < bytes[0], "{bytes:?}");
     let counters = guest.counters.lock().unwrap().clone();
@@ -212,10 +210,10 @@ fn an_epoch_that_is_given_up_half_way_leaves_nothing_known() {
     let hits_after = |is_given_up: bool| {
         // The first frame is tried, the others go as they are.
         let mut guest = Guest::new(Governor::trying(Plan::Delta));
-        (0..2).for_each(|_| drop(guest.epoch(EpochKind::Delta, ALL, &pages)));
+        (0..2).for_each(|_| drop(guest.epoch(EpochKind::Delta, CodecSet::ALL, &pages)));
         if is_given_up {
             guest.number += 1;
-            guest.recoder.begin(Generation(1), EpochId(guest.number), EpochKind::Delta, ALL, 1.0);
+            guest.recoder.begin(Generation(1), EpochId(guest.number), EpochKind::Delta, CodecSet::ALL, 1.0);
             let (mut raw, mut frames) = (FrameBuilder::new(), vec![]);
             for (page, content) in &pages {
                 let frame = raw.push(BlockIndex(0), PageIndex::new(*page), Some(content));
@@ -224,7 +222,7 @@ fn an_epoch_that_is_given_up_half_way_leaves_nothing_known() {
             assert!(!guest.recoder.behind.is_empty());
         }
         let before = guest.recoder.cache.counters().hits;
-        guest.epoch(EpochKind::Delta, ALL, &pages);
+        guest.epoch(EpochKind::Delta, CodecSet::ALL, &pages);
         guest.recoder.cache.counters().hits - before
     };
     assert!(hits_after(false) > 0);
@@ -235,7 +233,7 @@ fn an_epoch_that_is_given_up_half_way_leaves_nothing_known() {
 fn raw_epochs_pass_untouched() {
     let mut guest = Guest::new(Governor::new());
     let pages = (0..200).map(|at| page(at, 7, 3)).collect();
-    let (frames, totals) = guest.epoch(EpochKind::Delta, ALL, &pages);
+    let (frames, totals) = guest.epoch(EpochKind::Delta, CodecSet::ALL, &pages);
     assert_eq!(totals.frame_bytes, 200 * (RECORD_HEADER_BYTES + PAGE_BYTES) as u64);
     assert_eq!(frames.len() as u64, totals.frames);
     assert_eq!(guest.counters.lock().unwrap().cache_bytes, 0);
@@ -278,8 +276,8 @@ proptest! {
         four.recoder.crew = Crew::new(Pool::new("test", 4).unwrap()).eager();
         for (number, (pages, group)) in epochs.iter().enumerate() {
             let kind = if number == 0 { EpochKind::Full } else { EpochKind::Delta };
-            let (expected, totals) = one.epoch(kind, ALL, pages);
-            let (frames, got) = four.grouped(kind, ALL, pages, *group);
+            let (expected, totals) = one.epoch(kind, CodecSet::ALL, pages);
+            let (frames, got) = four.grouped(kind, CodecSet::ALL, pages, *group);
             prop_assert_eq!(got, totals);
             prop_assert!(frames == expected, "epoch {number} is another one");
             let counters = |guest: &Guest| guest.counters.lock().unwrap().clone();
@@ -297,10 +295,10 @@ fn what_waits_is_encoded_by_several_threads() {
     let mut guest = Guest::new(Governor::fixed(Plan::Lz4));
     guest.recoder = guest.recoder.with_pool(Pool::new("test", 2).unwrap());
     let pages = (0..PAGES).map(|at| page(at, 7, 3)).collect();
-    guest.grouped(EpochKind::Delta, ALL, &pages, 8);
+    guest.grouped(EpochKind::Delta, CodecSet::ALL, &pages, 8);
     let seen = guest.recoder.seen.unwrap();
     assert!(seen.fresh.pages == PAGES && seen.fresh.time > Duration::ZERO && seen.threads != 1.0, "{seen:?}");
     // An encoder that keeps up is left alone.
-    guest.grouped(EpochKind::Delta, ALL, &pages, 1);
+    guest.grouped(EpochKind::Delta, CodecSet::ALL, &pages, 1);
     assert_eq!(guest.recoder.seen.unwrap().threads, 1.0);
 }

@@ -266,8 +266,8 @@ impl Engine {
     }
 
     /// The standbys whose promotion is of interest, see [`Event::Promoted`].
-    pub fn standbys(&self) -> impl Iterator<Item = GuestId> {
-        self.standbys.iter().copied()
+    pub fn standbys(&self) -> Vec<GuestId> {
+        self.standbys.iter().copied().collect()
     }
 
     fn look(&mut self, guest: GuestId, first: bool, out: &mut Vec<Command>) {

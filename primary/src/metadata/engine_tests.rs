@@ -348,13 +348,13 @@ fn a_promoted_standby_is_protected_as_its_element_says_whoever_promoted_it() {
     // Its element counts for nothing while it is a standby.
     assert_eq!(bench.changed(standby()), []);
     assert_eq!(bench.after(Duration::from_secs(60)), []);
-    assert_eq!(bench.engine.standbys().collect::<Vec<_>>(), [GUEST]);
+    assert_eq!(bench.engine.standbys(), [GUEST]);
     assert_eq!(bench.step(Event::Promoted(GUEST)), look);
     // A look from before it.
     assert_eq!(looked(&mut bench, standby()), []);
     assert_eq!(bench.step(Event::Promoted(GUEST)), look);
     assert_eq!(looked(&mut bench, found(Some(on()))), [Command::Protect(GUEST, on())]);
-    assert_eq!(bench.engine.standbys().count(), 0);
+    assert_eq!(bench.engine.standbys(), []);
 }
 
 #[test]
@@ -363,7 +363,7 @@ fn a_standby_that_is_gone_is_not_asked_for_its_promotion() {
         let mut bench = Bench::new();
         bench.changed(Found { standby: true, ..found(None) });
         bench.step(end);
-        assert_eq!(bench.engine.standbys().count(), 0);
+        assert_eq!(bench.engine.standbys(), []);
         assert_eq!(bench.step(Event::Promoted(GUEST)), []);
     }
 }

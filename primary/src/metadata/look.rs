@@ -24,8 +24,7 @@ pub(super) fn at(agent: &Agent, domain: &Domain) -> Result<Found, LibvirtError> 
     let mark = mark.map(|xml| Protect::parse(&xml).map_err(|mistake| mistake.to_string())).transpose();
     let command = domain.metadata(COMMAND_NAMESPACE)?;
     let reported = domain.metadata(STATE_NAMESPACE)?;
-    // A record that cannot be read is for `protect` to complain about.
-    let record = protect::local_record(&agent.config.state_dir, guest).ok().flatten();
+    let record = record(agent, guest);
     let standby =
         record.as_ref().is_some_and(|record| matches!(record.role, Role::Standby | Role::Promoting));
     let mark = match (mark, came_from(record)) {
@@ -46,8 +45,12 @@ pub(super) fn at(agent: &Agent, domain: &Domain) -> Result<Found, LibvirtError> 
 
 /// Whether a failover has brought the guest here, as its record says.
 pub(super) fn promoted(agent: &Agent, guest: GuestId) -> bool {
-    let record = protect::local_record(&agent.config.state_dir, guest);
-    record.ok().flatten().is_some_and(|record| record.role == Role::Promoted)
+    record(agent, guest).is_some_and(|record| record.role == Role::Promoted)
+}
+
+/// One that cannot be read is for `protect` to complain about.
+fn record(agent: &Agent, guest: GuestId) -> Option<ControlFile> {
+    protect::local_record(&agent.config.state_dir, guest).ok().flatten()
 }
 
 /// The host a guest was on before a failover brought it here.

@@ -63,8 +63,10 @@ pub async fn run(agent: Arc<Agent>) {
                     edge.apply_all(engine.step(fares, Instant::now()));
                 }
                 // Libvirt's events of guests that are let run say as little of it as of every checkpoint.
-                for guest in engine.standbys().filter(|guest| look::promoted(&edge.agent, *guest)).collect::<Vec<_>>() {
-                    edge.apply_all(engine.step(Event::Promoted(guest), Instant::now()));
+                for guest in engine.standbys() {
+                    if look::promoted(&edge.agent, guest) {
+                        edge.apply_all(engine.step(Event::Promoted(guest), Instant::now()));
+                    }
                 }
                 Event::Tick
             }

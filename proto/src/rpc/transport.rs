@@ -161,7 +161,7 @@ impl AdminTcp {
     /// # Errors
     /// Those of the server.
     pub async fn serve(self, routes: tonic::service::Routes) -> Result<(), tonic::transport::Error> {
-        server().add_routes(routes).serve_with_incoming(secured(self.incoming, self.files)).await
+        serve(routes, self.incoming, Security::Tls(self.files)).await
     }
 }
 

@@ -183,8 +183,7 @@ impl Way {
         let (raw, totals) = captured(pages);
         self.epoch += 1;
         let began = Instant::now();
-        let codecs = CodecSet::ALL;
-        self.recoder.begin(Generation(1), EpochId(self.epoch), kind, codecs, 1.0);
+        self.recoder.begin(Generation(1), EpochId(self.epoch), kind, CodecSet::ALL, 1.0);
         let mut ready = Vec::new();
         for frame in raw {
             self.recoder.frame(frame, &mut ready)?;

@@ -24,7 +24,6 @@ use crate::Report;
 use crate::trace::{Epochs, GUEST_PAGES, Maker, Pages, Trace};
 use crate::wire::captured;
 
-const CODECS: CodecSet = CodecSet::ALL;
 /// Those of the second way.
 const THREADS: usize = 2;
 const SMALL_PAGES: usize = 200;
@@ -193,7 +192,7 @@ impl Way {
         raw: &[Bytes],
         totals: FrameTotals,
     ) -> anyhow::Result<(Vec<Bytes>, FrameTotals)> {
-        self.recoder.begin(Generation(1), EpochId(self.epoch), kind, CODECS, 1.0);
+        self.recoder.begin(Generation(1), EpochId(self.epoch), kind, CodecSet::ALL, 1.0);
         let mut frames = Vec::new();
         for group in raw.chunks(self.recoder.group_frames()) {
             self.recoder.frames(group, &mut frames)?;

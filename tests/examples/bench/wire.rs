@@ -26,7 +26,6 @@ use crate::trace::{Epochs, Maker, Pages, Trace};
 const WARM_UP: u64 = 10;
 /// The same of recorded ones, which are few.
 const RECORDED_WARM_UP: u64 = 2;
-const CODECS: CodecSet = CodecSet::ALL;
 
 /// What is recorded, and the part of raw that it may take at most.
 pub(crate) const RECORDED: [(&str, Option<f64>); 5] = [
@@ -116,7 +115,7 @@ fn measure(maker: &mut dyn Epochs, plan: Plan, warm_up: u64, epochs: u64) -> any
         };
         let (raw, totals) = captured(&pages);
         let began = Instant::now();
-        recoder.begin(Generation(1), EpochId(number + 1), kind, CODECS, 1.0);
+        recoder.begin(Generation(1), EpochId(number + 1), kind, CodecSet::ALL, 1.0);
         let (mut frames, raw_bytes) = (Vec::new(), totals.frame_bytes);
         for frame in raw {
             recoder.frame(frame, &mut frames)?;

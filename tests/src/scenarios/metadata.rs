@@ -85,7 +85,7 @@ fn from_the_start(lab: &Lab) -> Result<()> {
     wait_shown(lab, Beta, &["value=\"protected\"", "backup=\"alpha\""]).map(drop)
 }
 
-/// The standby may be made and promoted within a second.
+/// Nothing but the record of the promotion tells beta's agent that the guest is its own now.
 fn killed(lab: &Lab) -> Result<()> {
     define(lab, "enabled='yes' backup='beta'")?;
     lab.shell(Alpha, "virsh -q start g1")?;

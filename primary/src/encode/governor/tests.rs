@@ -7,8 +7,6 @@ use proptest::prelude::*;
 use super::plan::RECORD;
 use super::*;
 
-const BOTH: CodecSet = CodecSet::ALL;
-
 /// A guest, a host and a link as they really are.
 #[derive(Debug, Clone)]
 struct World {
@@ -82,7 +80,7 @@ impl World {
 
     /// Runs epochs; gives the number of changes.
     fn run(&mut self, governor: &mut Governor, epochs: u32) -> u32 {
-        (0..epochs).map(|_| u32::from(governor.step(&self.epoch(governor), BOTH).is_some())).sum()
+        (0..epochs).map(|_| u32::from(governor.step(&self.epoch(governor), CodecSet::ALL).is_some())).sum()
     }
 }
 
@@ -156,7 +154,7 @@ fn a_plan_that_does_not_pay_is_tried_with_few_pages_and_never_used() {
     for _ in 0..200 {
         let seen = world.epoch(&governor);
         assert!(seen.rest.pages == 0 || seen.rest.pages >= world.pages * 8 / 10, "{seen:?}");
-        governor.step(&seen, BOTH);
+        governor.step(&seen, CodecSet::ALL);
         tried += u32::from(governor.trial().is_some());
         used += u32::from(governor.plan() != Plan::Raw);
     }
@@ -345,7 +343,7 @@ fn a_change_says_why() {
     let change = (0..100)
         .find_map(|_| {
             let seen = world.epoch(&governor);
-            governor.step(&seen, BOTH)
+            governor.step(&seen, CodecSet::ALL)
         })
         .unwrap();
     assert_eq!(change.from, Plan::Raw);
